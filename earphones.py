@@ -14,8 +14,8 @@ halves of an object share their charts.
 A quarter of the cells kind x palette x part never occurs in training (`held_out`), and half of the test
 objects lie in those cells: a model that makes one has combined what it learnt, not copied it.
 
-File space is ShapeNet's: Y up, x from ear to ear, z to the front; mirror plane x = 0; bounding box centred, its
-diagonal 1.  Before that last scaling an ear is about 0.8 from the middle, and the diagonal about 3.
+File space is ShapeNet's: Y up, x from ear to ear, z to the front; mirror plane x = 0; bounding box centred,
+its diagonal 1.  Before that last scaling an ear is about 0.8 from the middle, and the diagonal about 3.
 
 read draw_factors, Part, revolve, sweep, openness, bake, headphones, write_model.
 """
@@ -57,7 +57,7 @@ HALF = .076                                    # half the least thickness: 0.04 
 FRONT, UP = np.array([0., 0, 1]), np.array([0., 1, 0])
 
 
-# ------------------------------------------------------------------------------------------------- factors
+# ---------------------------------------------------------------------------------------------------- factors
 
 def name(split, index):
     return f"{split}_{index:05d}"
@@ -74,7 +74,8 @@ def draw_cell(split, index, seed, kind):
     novel = split == "test" and block % 2 == 1
     cells = [(a, b) for a in PALETTES for b in PARTS if held_out(kind, a, b) == novel]
     block = block // 2 if split == "test" else block
-    lap, card = divmod(2 * block + slot // 2 if slot < 4 else block, len(cells))
+    dealt = 2 * block + slot // 2 if slot < 4 else block   # a block has two of either headphones
+    lap, card = divmod(dealt, len(cells))
     deal = np.random.default_rng((seed, zlib.crc32(split.encode()), KINDS.index(kind), lap))
     return cells[deal.permutation(len(cells))[card]]
 
@@ -89,7 +90,8 @@ def draw_factors(split, index, seed=0):
     palette, part = draw_cell(split, index, seed, kind)
     body, pads, accents = PALETTES[palette]
     factors = {"split": split, "index": index, "seed": seed, "kind": kind, "palette": palette, "part": part,
-               "band": pick(BANDS[kind]), "yoke": pick(YOKES), "cap": pick(CAPS), "art": pick(ARTS),
+               "band": pick(BANDS[kind]), "yoke": pick(YOKES if slot < 4 else ("none",)),
+               "cap": pick(CAPS if slot < 4 else ("bulb",)), "art": pick(ARTS),
                "boom": slot == block % 4,              # of 72: 12, all on headphones
                "body": jitter(np.array(body)), "pad": jitter(pick(np.array(pads))),
                "accent": jitter(pick(np.array(accents)))}
@@ -97,7 +99,7 @@ def draw_factors(split, index, seed=0):
     return factors | {key: round(rng.random(), 4) for key in PROPORTIONS}
 
 
-# ------------------------------------------------------------------------- surfaces: grids of points
+# ---------------------------------------------------------------------------------- surfaces: grids of points
 
 @dataclass
 class Part:
@@ -151,8 +153,11 @@ def revolve(profile, rows, cols, radius, part, pose, skin, closed=False):
 
 
 def sweep(curve, half, rows, cols, side, skin, power=4., part=None, copies=2):
-    """A section carried along a curve (N,3), its ends rounded.  half (n,2): half widths along `side` and
-    across.  The section is a superellipse (power 2: an ellipse, 5: nearly a rectangle), or a part's outline."""
+    """A section carried along a curve (N,3), with round ends.
+
+    half (n,2) are its half widths along `side` and across it, at n even steps.  The section is a superellipse
+    (power 2: an ellipse, 5: nearly a rectangle), or a part's outline.
+    """
     half = np.atleast_2d(half)
     length = np.r_[0, np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))]
     end, total = min(half.min() * .8, length[-1] * .3), length[-1]
@@ -176,7 +181,7 @@ def sweep(curve, half, rows, cols, side, skin, power=4., part=None, copies=2):
     return Part(points, s / total, skin, copies)
 
 
-# --------------------------------------------------------------------- paints: seams, stitches, grilles
+# --------------------------------------------------------------------------- paints: seams, stitches, grilles
 # A paint gets the flat albedo (R,C,3), u (R,1) from 0 to 1 over the rows, along (R,1) and theta (1,C).  It
 # returns albedo and relief (R,C); relief tilts the normals that are lit, not the mesh.  No pattern is finer
 # than two pixels of a 128-pixel photo.
@@ -284,7 +289,7 @@ def pod_paint(f):
     return paint
 
 
-# ------------------------------------------------------------------------------------- light, baked
+# ----------------------------------------------------------------------------------------------- light, baked
 
 def centres(grid):
     """(R+1,C+1,...) -> (R,C,...)"""
@@ -303,7 +308,8 @@ def openness(parts):
     """For each part, how much of the sky each of its mesh cells sees, (rows*cols,).
 
     Of the sky of a point p, a disc q hides the form factor A cos_p cos_q / (pi r^2 + A), where both face each
-    other (Bunnell, GPU Gems 2, chapter 14).  The exponential keeps a disc behind another from counting twice.
+    other (Bunnell, GPU Gems 2, chapter 14).  The exponential keeps discs that lie behind one another from
+    hiding more than there is.
     """
     grids = [part.points for part in parts]
     mirrored = [part.points[:, ::-1] * [-1, 1, 1] for part in parts if part.copies == 2]
@@ -339,7 +345,7 @@ def light(p, n):
     front and a small one behind, near enough that their light fades over a flat surface too."""
     right = np.where(p[..., :1] < 0, -1, 1) * [1, 0, 0] + [0, 1, 1]
     p, n = p * right, n * right
-    diffuse, shine = .50 + .18 * n[..., 1], 0
+    diffuse, shine = .54 + .14 * n[..., 1], 0
     for place, strength in (((2.8, 2.4, 2.0), .40), ((2.2, 1.6, -2.8), .20)):
         ray = np.array(place) - p
         r = np.linalg.norm(ray, axis=-1)
@@ -364,7 +370,7 @@ def bake(part, cells):
     return np.clip(colour * refine(cells.reshape(rows // K, cols // K))[..., None], 0, 250 / 255)
 
 
-# ---------------------------------------------------------------------------------------------- headphones
+# ------------------------------------------------------------------------------------------------- headphones
 
 PROFILES = {         # a shell from the middle of its cap over the rim to behind it: r in radii, x in depths
     "dome":  [(0, 1), (.06, 1), (.5, 1), (.8, .9), (.97, .62), (1, .3), (1, .1), (.97, 0), (.5, 0), (0, 0)],
@@ -373,7 +379,7 @@ PROFILES = {         # a shell from the middle of its cap over the rim to behind
     "dish":  [(0, .7), (.06, .7), (.5, .72), (.6, 1), (.76, 1), (1, .6), (1, .35), (1, 0), (.9, 0), (0, 0)],
 }
 CUSHION = [(.72, 0), (.98, 0), (1.02, -.35), (.98, -.85), (.82, -1.05), (.62, -.95), (.52, -.6), (.54, 0)]
-CLOTH = [(0, -.08), (.03, -.08), (.5, -.08), (.62, -.06), (.62, .02), (0, .02)]
+CLOTH = [(0, .02), (.62, .02), (.62, -.06), (.5, -.08), (.04, -.08), (0, -.08)]
 HUB = [(0, .12), (.05, .12), (.9, .12), (1, .10), (1, .02), (1, -.10), (0, -.10)]
 
 
@@ -461,7 +467,7 @@ def headphones(f):
     return parts + (boom(f, at(.45 * depth, -.45 * radius, .55 * radius)) if f["boom"] else [])
 
 
-# --------------------------------------------------------------------------------------- buds and neckbands
+# ----------------------------------------------------------------------------------------- buds and neckbands
 
 BULB = [(0, .6), (.06, .6), (.6, .6), (.92, .5), (1, .2), (1, -.1), (.8, -.5), (.5, -.7), (.4, -1), (0, -1)]
 TIP = [(0, -.8), (.3, -.8), (.66, -.8), (.7, -1), (.6, -1.3), (.5, -1.5), (.24, -1.55), (.2, -1.4), (0, -1.4)]
@@ -523,7 +529,7 @@ def cables(parts):
 BUILD = {"over-ear": headphones, "on-ear": headphones, "neckband": neckband, "buds": buds}
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 def textures(parts):
     """One image a material, its charts stacked; margins of two texels keep bilinear lookups from bleeding.
@@ -543,7 +549,7 @@ def textures(parts):
 
 def triangles(points):
     """Grid (r,c,3) -> vertices (V,3), and the corners (F,3) of its faces as vertices and as grid points.
-    Faces run counter-clockwise seen from outside.  Points at one place (a pole, where the columns meet) become
+    Faces run counter-clockwise seen from outside.  Points at one place (a pole, where columns meet) become
     one vertex, so that the surface is closed."""
     cols = points.shape[1]
     a = (np.arange(points.shape[0] - 1)[:, None] * cols + np.arange(cols - 1)).ravel()
@@ -585,8 +591,8 @@ def write_model(folder, factors, thin=False):
     images, rows = textures(parts)
     mtl = "".join("newmtl %s\nKd %.4f %.4f %.4f\nmap_Kd ../images/texture%d.png\n\n"
                   % (material, *image.mean((0, 1)), i) for i, (material, image) in enumerate(images.items()))
-    for name in ("models", "images"):
-        os.makedirs(os.path.join(folder, name), exist_ok=True)
+    for sub in ("models", "images"):
+        os.makedirs(os.path.join(folder, sub), exist_ok=True)
     for i, image in enumerate(images.values()):
         pixels = Image.fromarray((image * 255).round().astype(np.uint8))
         pixels.save(os.path.join(folder, f"images/texture{i}.png"))
