@@ -391,9 +391,9 @@ def cup(f, radius, depth, thick, pose):
     """Shell, cushion, and the cloth over the speaker; the plane x = 0 parts shell and cushion."""
     shell, part = stretched(PROFILES[f["cap"]], depth), f["part"]
     leather, cloth = ("pad", f["pad"], leather_paint(f)), ("pad", np.multiply(f["pad"], .6), cloth_paint)
-    return [revolve(shell, 16, 32, radius, part, pose, ("body", f["body"], shell_paint(f))),
-            revolve(stretched(CUSHION, thick), 10, 32, radius, part, pose, leather, closed=True),
-            revolve(CLOTH, 4, 24, radius, part, pose, cloth)]
+    return [revolve(shell, 12, 28, radius, part, pose, ("body", f["body"], shell_paint(f))),
+            revolve(stretched(CUSHION, thick), 8, 28, radius, part, pose, leather, closed=True),
+            revolve(CLOTH, 4, 20, radius, part, pose, cloth)]
 
 
 def arch(half_width, foot, top, power, low=0., high=1., n=120):
@@ -412,18 +412,18 @@ def headband(f, x, foot):
     curve, slide = arch(x, foot, top, power), .13
     if f["band"] == "double":                          # two rods, and a strap under them
         strap, seamed = arch(x - .02, foot, top - .24, power, .06, .94), ("pad", f["pad"], quilt_paint(f, 1))
-        parts = [sweep(strap, (.15, HALF), 34, 12, FRONT, seamed, copies=1)]
+        parts = [sweep(strap, (.15, HALF), 26, 12, FRONT, seamed, copies=1)]
         for z in (-.17, .17):
-            parts.append(sweep(curve + z * FRONT, (HALF, HALF), 34, 10, FRONT, metal, 2.4, copies=1))
+            parts.append(sweep(curve + z * FRONT, (HALF, HALF), 26, 10, FRONT, metal, 2.4, copies=1))
         wide, slide = .19, .09
     else:
         half = np.array([(wide * .75, HALF), (wide, HALF), (wide, HALF), (wide, HALF), (wide * .75, HALF)])
-        parts = [sweep(curve, half, 36, 12, FRONT, plastic, 5, copies=1)]
+        parts = [sweep(curve, half, 28, 12, FRONT, plastic, 5, copies=1)]
     if f["band"] == "padded":
         pad = arch(x - .07, foot, top - .09, power, .2, .8)
-        parts += [sweep(pad, (wide + .045, .095), 30, 14, FRONT, quilt, 3, copies=1)]
+        parts += [sweep(pad, (wide + .045, .095), 24, 12, FRONT, quilt, 3, copies=1)]
     ends = arch(x, foot, top, power, 0, slide)
-    return parts + [sweep(ends, (wide + .02, HALF + .03), 12, 12, FRONT, sleeve)]
+    return parts + [sweep(ends, (wide + .02, HALF + .03), 10, 12, FRONT, sleeve)]
 
 
 def yoke(f, at, rotation, tall, depth, radius):
@@ -436,11 +436,11 @@ def yoke(f, at, rotation, tall, depth, radius):
         clear = np.minimum(1.6 * np.sin(np.linspace(0, np.pi, 60)), 1) * (HALF + .025)
         reach = radius * outline(f["part"], theta) + clear
         round_cup = np.stack([0 * theta, reach * np.sin(theta), reach * np.cos(theta)], -1) @ rotation.T
-        fork = sweep(round_cup + at(.42 * depth, 0, 0), (HALF + .012, HALF), 26, 10, rotation[:, 0], metal)
+        fork = sweep(round_cup + at(.42 * depth, 0, 0), (HALF + .012, HALF), 20, 10, rotation[:, 0], metal)
         return [fork], at(.42 * depth, tall + .06, 0)
     foot = at(.55 * depth, tall + .10, 0)
     bends = at(depth, tall * .8, 0), at(depth + .03, tall * .4, 0), at(depth, -.05, 0)
-    arm = sweep(spline([foot + [0, .12, 0], foot, *bends], 60), (.115, HALF), 22, 10, FRONT, metal)
+    arm = sweep(spline([foot + [0, .12, 0], foot, *bends], 60), (.115, HALF), 18, 10, FRONT, metal)
     return [arm, revolve(HUB, 8, 20, .2, "round", (rotation, at(depth, 0, 0)), metal)], foot
 
 
@@ -448,7 +448,7 @@ def boom(f, start):
     """A microphone at the mouth: an arm from one cup, and foam.  It stays within the cups' width, so that the
     bounding box keeps its middle."""
     curve = spline([start, start + [0, -.12, .30], start + [-.16, -.26, .58], start + [-.40, -.30, .74]], 60)
-    return [sweep(curve, (HALF, HALF), 18, 10, UP, ("body", f["body"], None), 2, copies=1),
+    return [sweep(curve, (HALF, HALF), 14, 10, UP, ("body", f["body"], None), 2, copies=1),
             sweep(curve[-14:], (.115, .115), 10, 12, UP, ("pad", f["pad"], None), 2, copies=1)]
 
 
@@ -476,8 +476,8 @@ TIP = [(0, -.8), (.3, -.8), (.66, -.8), (.7, -1), (.6, -1.3), (.5, -1.5), (.24, 
 def bud(f, size, pose):
     """A bulb, and the silicone tip of its nozzle, which looks along -x."""
     skin = "body", f["body"], shell_paint(f)
-    return [revolve(stretched(BULB, size), 16, 28, size, f["part"], pose, skin),
-            revolve(stretched(TIP, size), 12, 24, size, "round", pose, ("pad", f["pad"], None))]
+    return [revolve(stretched(BULB, size), 12, 24, size, f["part"], pose, skin),
+            revolve(stretched(TIP, size), 8, 20, size, "round", pose, ("pad", f["pad"], None))]
 
 
 def buds(f):
@@ -488,7 +488,7 @@ def buds(f):
     half = np.array(halves[f["band"]]) * lerp(.95, 1.2, f["width"])
     foot = centre + [0, -lerp(.60, .95, f["height"]), lerp(.02, .20, f["arch"])]
     curve = spline([centre, centre + [.02, -.2, .02], foot], 40)
-    stem = sweep(curve, half, 18, 14, FRONT, ("body", f["body"], inlay_paint(f["pad"])), 2.5)
+    stem = sweep(curve, half, 14, 14, FRONT, ("body", f["body"], inlay_paint(f["pad"])), 2.5)
     end = sweep(curve[-9:] - [0, .015, 0], half[-1] + .012, 10, 14, FRONT, ("accent", f["accent"], None), 2.5)
     return bud(f, size, pose) + [stem, end]
 
@@ -502,14 +502,14 @@ def neckband(f):
     fat, size = lerp(.10, .13, f["radius"]), lerp(.14, .18, f["cushion"])
     pod, widths = collar[:int(lerp(36, 54, f["height"]))], np.array([(1, 1), (1.1, 1.1), (1, 1), (.75, .75)])
     band_skin, pod_skin = ("pad", f["pad"], inlay_paint(f["accent"])), ("body", f["body"], pod_paint(f))
-    parts = [sweep(collar, (.066, .074), 44, 10, above, band_skin, 3, copies=1),
-             sweep(pod, fat * widths, 20, 16, above, pod_skin, part=f["part"])]
+    parts = [sweep(collar, (.066, .074), 34, 10, above, band_skin, 3, copies=1),
+             sweep(pod, fat * widths, 16, 14, above, pod_skin, part=f["part"])]
     tip, ahead = collar[0], (collar[0] - collar[6]) / np.linalg.norm(collar[0] - collar[6])
     if f["band"] == "docked":
         return parts + bud(f, size, (turn(-.9, -.2), tip + ahead * .12))
     ear = tip + [.04, lerp(.40, .62, f["arch"]), .10]
     stalk = spline([tip - ahead * .12, tip + ahead * .30, ear], 40)
-    parts += [sweep(stalk, (.063, .063), 18, 10, np.array([1., 0, 0]), ("accent", f["metal"], None), 2)]
+    parts += [sweep(stalk, (.063, .063), 14, 10, np.array([1., 0, 0]), ("accent", f["metal"], None), 2)]
     return parts + bud(f, size, (turn(-.5, -.2), ear))
 
 

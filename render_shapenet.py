@@ -19,17 +19,19 @@ faces and the pixels that they cover, never their product.
 import functools
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import avg_pool2d, max_pool2d
 
 import earphones
 from common import Run, UserError, atomic_folder, grid, parse_config, pick_device, save_picture
@@ -56,7 +58,7 @@ class Config:
     transforms: bool = False       # also write transforms.json, which nerfstudio and instant-ngp read
     renderer: str = "torch"        # torch | pytorch3d: ours, or the paper's where it is installed
     seed: int = 0                  # of the cameras and of the earphones
-    workers: int = 0               # threads; 0: one a core
+    workers: int = 0               # processes; 0: one a core, or one where there is a GPU
     device: str = "auto"           # auto, cpu or cuda
     fresh: bool = False            # throw away the photos in --out and start over
 
@@ -145,11 +147,13 @@ def rasterize(mesh, camera_to_world, intrinsics, size, supersample=1, renderer="
     pixel, face, bary, z = visible(mesh, camera, K, fine)                               # P visible pixels
     colour = surface_colour(mesh, face, bary)                                           # (P,3)
 
-    rgb = torch.ones(fine * fine, 3, device=z.device).index_copy_(0, pixel, colour).T.reshape(1, 3, fine, fine)
-    coverage = torch.zeros(fine * fine, device=z.device).index_fill_(0, pixel, 1.0).view(1, 1, fine, fine)
-    depth = torch.full((fine * fine,), math.inf, device=z.device).index_copy_(0, pixel, z.float()).view(1, 1, fine, fine)
-    return (avg_pool2d(rgb, supersample)[0].permute(1, 2, 0).contiguous(), avg_pool2d(coverage, supersample)[0, 0],
-            -max_pool2d(-depth, supersample)[0, 0])
+    # Each sample adds its share to the pixel that it lies in; white is what is left
+    share = 1 / supersample ** 2
+    pixel = pixel // fine // supersample * size + pixel % fine // supersample
+    coverage = torch.zeros(size * size, device=z.device).index_add_(0, pixel, torch.full_like(z, share, dtype=torch.float32))
+    rgb = (1 - coverage)[:, None].repeat(1, 3).index_add_(0, pixel, colour * share)
+    depth = torch.full((size * size,), math.inf, device=z.device).scatter_reduce_(0, pixel, z.float(), "amin")
+    return rgb.view(size, size, 3), coverage.view(size, size), depth.view(size, size)
 
 
 smallest = lambda rows: functools.reduce(torch.minimum, rows)      # over the first dimension: of three or four rows, where
@@ -304,7 +308,7 @@ def photograph(mesh, folder, config, generator):
 
 
 def save_photo(path, pixels):
-    Image.fromarray(pixels.cpu().numpy()).save(path, compress_level=4)
+    Image.fromarray(pixels.cpu().numpy()).save(path, compress_level=2)
 
 
 def numbers(matrix):
@@ -499,11 +503,34 @@ def render_object(job, folder, config, device):
     return mesh.notes, None
 
 
+def worker_setup():
+    """In each worker process: one picture is too small to share among threads; Ctrl-C is the parent's to handle; and if the
+    parent is killed outright, so that it cannot say anything, the worker ends too."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def render_all(todo, config, device):
+    """Yields (name, remarks, failure) as objects are done, by one process a core."""
+    workers = config.workers or (os.cpu_count() if device.type == "cpu" else 1)
+    if min(workers, len(todo)) <= 1:
+        yield from ((job[1], *render_object(job, folder, config, device)) for job, folder in todo)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
+    try:
+        work = {pool.submit(render_object, job, folder, config, device): job[1] for job, folder in todo}
+        yield from ((work[future], *future.result()) for future in as_completed(work))
+    finally:
+        pool.shutdown(cancel_futures=True)           # what has begun is finished, which takes a second
+
+
 def contact_sheet(folder, path, most=72):
-    """Of each object, the photo whose camera stands nearest to the front, to one side and above."""
+    """Of each object, the photo whose camera stands nearest to the front, to one side and above; the margins cut off."""
     photos, _, poses, _, _ = load_photos(folder, 128)
     nearest = (poses[:, :, :3, 3] @ torch.tensor([0.55, -0.75, 0.4])).argmax(1)
-    save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:most], columns=9))
+    save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:most, 12:-12, 12:-12], columns=12))
 
 
 def main(argv=None):
@@ -529,20 +556,16 @@ def main(argv=None):
     todo = [(job, folder) for job, folder in zip(jobs, folders) if not folder.is_dir()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} objects are in {config.out} already: going on with the rest")
-    torch.set_num_threads(1)                         # one picture is too small to share among threads; objects are not
     skipped, done = [], 0
-    with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
-        work = {pool.submit(render_object, *pair, config, device): pair[0][1] for pair in todo}
-        for future in as_completed(work):
-            if run.stopping:
-                pool.shutdown(cancel_futures=True)   # what has begun is finished, which takes a second
-                raise UserError(f"stopped by {run.stopping}, {done} objects done: the same command goes on from there")
-            notes, failure = future.result()
-            skipped += [failure] if failure else []
-            for text in notes + ([f"skipped: {failure}"] if failure else []):
-                run.say(f"{work[future]}: {text}")
-            done += 1
-            run.progress("objects", done, len(todo))
+    for name, remarks, failure in render_all(todo, config, device):
+        if failure:
+            skipped.append(failure)
+        for text in remarks + ([f"skipped: {failure}"] if failure else []):
+            run.say(f"{name}: {text}")
+        done += 1
+        run.progress("objects", done, len(todo))
+        if run.stopping:
+            raise UserError(f"stopped by {run.stopping}, {done} of {len(todo)} objects done: the same command goes on from there")
     if (splits[0]).is_dir():
         contact_sheet(splits[0], splits[0].with_suffix(".png"))
     print(f"found {len(jobs)} models: {len(jobs) - len(todo)} were rendered already, {len(todo) - len(skipped)} now, "

@@ -22,7 +22,8 @@ from meshes import Mesh, load_obj
 
 HERE = Path(__file__).parent
 GOLDEN = ("golden_boxes", "golden_headphone", "golden_uv_sphere")
-TINY = ["--objects", "2", "--val_objects", "0", "--test_objects", "1", "--views", "2", "--holdout_views", "1", "--size", "32"]
+TINY = ["--objects", "2", "--val_objects", "0", "--test_objects", "1", "--views", "2", "--holdout_views", "1", "--size", "32",
+        "--workers", "1"]
 
 
 def golden(name):
@@ -240,7 +241,7 @@ def test_layout(photos):
 
 
 def test_reruns_are_byte_identical_and_resume_by_object(photos, tmp_path, capsys):
-    stage.main(["--out", str(tmp_path), *TINY, "--transforms", "--workers", "1"])
+    stage.main(["--out", str(tmp_path), *TINY, "--transforms", "--workers", "2"])
     whole = files_of(photos)
     assert files_of(tmp_path) == whole
     # An interruption leaves an object under its temporary name, which no reader takes for an object
@@ -253,7 +254,7 @@ def test_reruns_are_byte_identical_and_resume_by_object(photos, tmp_path, capsys
 
 
 def test_ctrl_c_stops_between_objects_and_the_same_command_goes_on(photos, tmp_path):
-    command = [sys.executable, "render_shapenet.py", "--out", str(tmp_path), *TINY[2:], "--objects", "400", "--workers", "1"]
+    command = [sys.executable, "render_shapenet.py", "--out", str(tmp_path), *TINY, "--objects", "400", "--workers", "2"]
     process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "earphones_train/train_00001").is_dir() and process.poll() is None:
         time.sleep(0.05)
