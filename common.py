@@ -16,12 +16,17 @@ Letters for shapes
 import argparse
 import inspect
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -118,26 +123,27 @@ def atomic_folder(path):
 # -------------------------------------------------------------------------------------------------------- long work
 
 class Run:
-    """What surrounds every long loop: the recipe it may not change halfway, signals that only raise a flag, progress."""
+    """What surrounds every long loop: the recipe that may not change halfway, checkpoints, resume, signals that only raise a
+    flag, the guard against NaN, log.jsonl and the progress line."""
 
-    def __init__(self, recipe_file, config, recipe):
-        """recipe: the names of the config's fields that what is already on disk must agree with."""
-        self.stopping, self.began, self.printed = None, time.time(), 0.0
-        self.width = 0                               # of the progress line now on the screen
-        wanted = {name: value for name, value in asdict(config).items() if name in recipe}
-        recipe_file = Path(recipe_file)
-        if recipe_file.exists():
+    def __init__(self, folder, config, recipe, name="config.json"):
+        """recipe: the names of the config's fields that whatever is in the folder already must agree with."""
+        self.folder, self.config, self.stopping = Path(folder), asdict(config), None
+        self.began, self.first, self.printed, self.width, self.bad, self.skipped = time.time(), None, 0.0, 0, 0, 0
+        wanted = {field: value for field, value in self.config.items() if field in recipe}
+        file = self.folder / name
+        if file.exists():
             try:
-                found = json.loads(recipe_file.read_text())
+                found = json.loads(file.read_text())
             except (OSError, ValueError):
-                raise UserError(f"{recipe_file} cannot be read: delete it and what it describes, and run again") from None
-            for name, value in wanted.items():
-                if found.get(name) != value:
-                    raise UserError(f"{recipe_file} says that what is there was made with --{name} {found.get(name)}, not "
-                                    f"{value}: use the same value, another --out, or start over with --fresh")
-        with atomic_file(recipe_file) as temporary:
+                raise UserError(f"{file} cannot be read: delete it and what it describes, and run again") from None
+            for field, value in wanted.items():
+                if found.get(field, value) != value:
+                    raise UserError(f"{file} says that what is there was made with --{field} {found[field]}, not {value}: "
+                                    "use the same value, another --out, or start over with --fresh")
+        with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
-        if threading_main():
+        if threading.current_thread() is threading.main_thread():     # no other can set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop)
 
@@ -146,13 +152,58 @@ class Run:
             raise KeyboardInterrupt
         self.stopping = signal.Signals(number).name
 
-    def progress(self, what, done, total, start=0):
+    def save(self, state):
+        """last.pt, written beside, read back, then renamed; the one before stays as previous.pt.  At any moment one of the
+        two is whole.  It holds tensors, numbers, strings, lists and dicts alone: torch.load's safe default reads it."""
+        last = self.folder / "last.pt"
+        with atomic_file(last) as temporary:
+            torch.save(state, temporary)
+            damaged = zipfile.ZipFile(temporary).testzip()            # a checkpoint is a zip file with a CRC for each member
+            if damaged:
+                raise OSError(f"{damaged} does not read back as written")
+            if last.exists():
+                os.replace(last, self.folder / "previous.pt")
+
+    def load(self):
+        """The state saved last, or the one before where that is damaged, or None."""
+        files = [file for file in (self.folder / "last.pt", self.folder / "previous.pt") if file.exists()]
+        for file in files:
+            try:
+                return load_checkpoint(file)
+            except UserError as error:
+                self.say(f"!! {error}" + ("; going on from previous.pt, the one before" if file != files[-1] else ""))
+        if files:
+            raise UserError(f"no checkpoint in {self.folder} can be read: start over with --fresh")
+        return None
+
+    def finite(self, step, value):
+        """False for a step to leave out because its loss or gradient is not finite; the third in a row ends the run."""
+        if math.isfinite(value):
+            self.bad = 0
+            return True
+        self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        self.say(f"!! step {step}: the loss is not finite: step left out, {self.skipped} so far")
+        if self.bad == 3:
+            raise UserError(f"the loss was not finite three times in a row, at step {step}; {self.folder}/last.pt is intact: "
+                            "lower the learning rate and use another --out, or go on from there by the same command")
+        return False
+
+    def log(self, step, steps, show=True, **numbers):
+        """A line of log.jsonl, and the same numbers on the progress line."""
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **numbers, "seconds": round(time.time() - self.began, 1)}) + "\n")
+        if show:
+            self.progress("step", step, steps, "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+
+    def progress(self, what, done, total, numbers=""):
         """One line, rewritten on a terminal, repeated every ten seconds in a log file."""
         now, last = time.time(), done == total
+        if self.first is None:
+            self.first = (now, done) if done else (self.began, 0)     # a resumed run has not done the first steps now
         if not last and now - self.printed < (0.2 if sys.stdout.isatty() else 10):
             return
-        self.printed, rate = now, (now - self.began) / max(done - start, 1)
-        line = f"{what} {done}/{total} {100 * done // max(total, 1)}%  {rate:.2f} s each  eta {clock(rate * (total - done))}"
+        self.printed, rate = now, (now - self.first[0]) / max(done - self.first[1], 1)
+        line = f"{what} {done}/{total} {100 * done // max(total, 1)}%  {numbers}  {rate:.2f} s each  eta {clock(rate * (total - done))}"
         if sys.stdout.isatty():
             print("\r" + line.ljust(self.width), end="\n" if last else "", flush=True)
             self.width = 0 if last else len(line)
@@ -165,9 +216,17 @@ class Run:
         self.width = 0
 
 
-def threading_main():
-    import threading                                 # signal handlers can be set by the main thread alone
-    return threading.current_thread() is threading.main_thread()
+def load_checkpoint(file):
+    """What Run.save wrote, verified, on the CPU."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there") from None
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError, zlib.error) as error:
+        raise UserError(f"{file} is damaged and cannot be read ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})") from None
 
 
 def clock(seconds):

@@ -551,7 +551,7 @@ def main(argv=None):
         for path in splits:
             shutil.rmtree(path, ignore_errors=True)
         recipe.unlink(missing_ok=True)
-    run = Run(recipe, config, RECIPE)
+    run = Run(config.out, config, RECIPE, recipe.name)
 
     todo = [(job, folder) for job, folder in zip(jobs, folders) if not folder.is_dir()]
     if len(todo) < len(jobs):

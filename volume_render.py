@@ -108,17 +108,21 @@ def render(volume, origins, directions, samples, field=voxel_field, generator=No
 
 # ------------------------------------------------------------------------------------------- empty space costs nothing
 
+def density(volume, field=voxel_field):
+    """(B,C,D,H,W) -> (B,D,H,W): the density at the voxels' centres."""
+    B, C, D, H, W = volume.shape
+    z, y, x = ((torch.arange(n, device=volume.device) + 0.5) / n - 0.5 for n in (D, H, W))
+    centres = torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], -1).expand(B, D, H, W, 3)
+    return field(volume.permute(0, 2, 3, 4, 1), centres)[0]
+
+
 @torch.no_grad()
 def occupancy(volume, field=voxel_field):
     """(B,C,D,H,W) -> (B,D,H,W) bool: the cells where a sample can see anything.
 
     A sample lies between eight voxel centres and its channels between theirs, so it is dense only if one of the eight is:
     the cells around dense voxels, one in each direction, are all that need looking up."""
-    B, C, D, H, W = volume.shape
-    z, y, x = ((torch.arange(n, device=volume.device) + 0.5) / n - 0.5 for n in (D, H, W))
-    centres = torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], -1).expand(B, D, H, W, 3)
-    dense = field(volume.permute(0, 2, 3, 4, 1), centres)[0] > EMPTY                    # (B,D,H,W)
-    return F.max_pool3d(dense[:, None].float(), 3, 1, 1)[:, 0] > 0
+    return F.max_pool3d((density(volume, field) > EMPTY)[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
 def render_sparse(volume, origins, directions, t, length, field, occupied, background, transmittance):
