@@ -397,9 +397,9 @@ def on_device(generator, device):
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
-def depth_picture(depth):
-    """Near is light; nothing is white."""
-    seen = depth.isfinite()
+def depth_picture(depth, alpha):
+    """Near is light; what is mostly transparent is white."""
+    seen = alpha > 0.5
     near, far = (depth[seen].min(), depth[seen].max()) if seen.any() else (0.0, 1.0)
     return torch.where(seen, 0.85 - 0.7 * (depth - near) / (far - near + 1e-6), 1.0)[..., None].expand(-1, -1, 3)
 
@@ -410,8 +410,8 @@ def preview(model, codes, photos, objects, view, device):
     for o, code in zip(objects, codes):
         with fast_precision(model.config, device)(), torch.no_grad():
             volume = model.to_volume(model.to_latent(code[None]))
-        rgb, _, depth = render_view(model, volume, photos.pose[o, view].to(device), photos.intrinsics[o].to(device), photos.size, 2 * model.config.samples)
-        columns.append(torch.stack([photos.rgb[o, view].float() / 255, rgb.cpu().clamp(0, 1), depth_picture(depth.cpu())]))
+        rgb, alpha, depth = render_view(model, volume, photos.pose[o, view].to(device), photos.intrinsics[o].to(device), photos.size, 2 * model.config.samples)
+        columns.append(torch.stack([photos.rgb[o, view].float() / 255, rgb.cpu().clamp(0, 1), depth_picture(depth.cpu(), alpha.cpu())]))
     pictures = (torch.stack(columns, 1).flatten(0, 1) * 255).round().byte()
     return np.kron(grid(pictures, len(objects)), np.ones((2, 2, 1), np.uint8))              # twice as large, to look at
 
@@ -454,7 +454,7 @@ def figure1(model, photos, path, device, o=0):
     figure, axes = plt.subplots(1, 6, figsize=(13, 2.6), layout="constrained", width_ratios=[1, 1, 1, 1, 1, 1])
     panels = [("code e", square, "RdBu"), ("latent volume G1(e)\none channel, middle slice", latent.flatten(0, -4)[0][latent.shape[-1] // 2].flip(0), "RdBu"),
               ("radiance volume G2\ndensity, seen from the front", solid.amax(1).flip(0), "Greys"), ("rendered", rgb.clamp(0, 1), None),
-              ("depth", depth_picture(depth), None), ("photo (held out)", photos.rgb[o, -1], None)]
+              ("depth", depth_picture(depth, alpha), None), ("photo (held out)", photos.rgb[o, -1], None)]
     for axis, (title, picture, colours) in zip(axes, panels):
         axis.imshow(picture.detach().float().cpu() / (255 if picture.dtype == torch.uint8 else 1), cmap=colours)
         axis.set_title(title, fontsize=9)
@@ -473,9 +473,9 @@ def main(argv=None):
         print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
         render_shapenet.main([])
     photos = Photos(config.data, config.size, config.objects)
-    if photos.rgb.shape[1] <= config.holdout_views:
-        raise UserError(f"{config.data} has {photos.rgb.shape[1]} photos of each object and --holdout_views {config.holdout_views} are to be held "
-                        "out of training: use a smaller number")
+    if not 1 <= config.holdout_views < photos.rgb.shape[1]:
+        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {photos.rgb.shape[1]} photos of each object, of which at least "
+                        "one is to be held out to measure by, and one to train on")
     views = torch.arange(photos.rgb.shape[1])
     train_views, test_views = views[:len(views) - config.holdout_views], views[len(views) - config.holdout_views:]
     run = Run(config.out, config, RECIPE)

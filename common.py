@@ -15,6 +15,7 @@ Letters for shapes
 """
 import argparse
 import inspect
+import io
 import json
 import math
 import os
@@ -156,8 +157,10 @@ class Run:
         """last.pt, written beside, read back, then renamed; the one before stays as previous.pt.  At any moment one of the
         two is whole.  It holds tensors, numbers, strings, lists and dicts alone: torch.load's safe default reads it."""
         last = self.folder / "last.pt"
+        content = io.BytesIO()                       # torch.save itself answers a full disk with a C++ assertion
+        torch.save(state, content)
         with atomic_file(last) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(content.getbuffer())
             damaged = zipfile.ZipFile(temporary).testzip()            # a checkpoint is a zip file with a CRC for each member
             if damaged:
                 raise OSError(f"{damaged} does not read back as written")

@@ -74,7 +74,7 @@ def composite(sigma, rgb, length, t, background=1.0, transmittance="exclusive"):
     through = tau.cumsum(-1) - (tau if transmittance == "exclusive" else 0)
     # For the lesson: "inclusive" (j <= i), a common slip, dims a sample by itself; an opaque one gets no weight at all
     weight = torch.exp(-through) * -torch.expm1(-tau)                                   # (...,S)
-    alpha = weight.sum(-1)
+    alpha = weight.sum(-1).clamp(max=1)                                                 # rounding may reach 1 + 1e-6
     image = (weight[..., None] * rgb).sum(-2) + (1 - alpha)[..., None] * background
     depth = (weight * t).sum(-1) / alpha.clamp(min=0.01)
     return image, alpha, depth.masked_fill(alpha <= 0.01, math.inf)
@@ -141,7 +141,7 @@ def render_sparse(volume, origins, directions, t, length, field, occupied, backg
     middle = (t[:, (run - 1) // 2::run] + t[:, run // 2::run]) / 2                          # (A,S/run)
     point = torch.addcmul(origins[:, None], middle[..., None], directions[:, None])
     a, g = is_in(blocks, owner[:, None], point).nonzero().unbind(1)                         # (K,) the runs that are kept
-    point = torch.addcmul(origins[a, None], t.view(len(t), -1, run)[a, g, :, None], directions[a, None])    # (K,run,3)
+    point = torch.addcmul(origins[a, None], t.view(len(t), S // run, run)[a, g, :, None], directions[a, None])    # (K,run,3)
     kept = is_in(occupied, owner[a, None], point)                                           # (K,run)
     target = ((a * S + g * run)[:, None] + torch.arange(run, device=device))[kept]          # (P,) of A*S
     point, owner = point[kept], owner[a, None].expand(-1, run)[kept]

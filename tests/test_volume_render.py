@@ -1,0 +1,182 @@
+"""The renderer against closed forms and against a plain Python loop, values and gradients."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import volume_render as v
+from render_shapenet import camera_to_world_at, intrinsics_at
+
+
+def camera(size=16, azimuth=30, elevation=20):
+    pose = camera_to_world_at(azimuth, elevation, 1.3).float()[None]
+    return v.camera_rays(pose, intrinsics_at(size, 131.25).float()[None], size)
+
+
+def uniform(sigma, rgb):
+    """(1,4,8,8,8) of one density and one colour, whatever the field's activations."""
+    channels = torch.tensor([math.log(math.expm1(sigma)), *torch.logit(torch.tensor(rgb)).tolist()])
+    return channels.view(1, 4, 1, 1, 1).expand(1, 4, 8, 8, 8).clone()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 2.0, 50.0])
+@pytest.mark.parametrize("samples", [1, 7, 64])
+def test_a_uniform_slab_obeys_beer_and_lambert(sigma, samples):
+    origins, directions = camera()
+    near, far = v.cube(origins, directions)
+    rgb, alpha, depth = v.render(uniform(sigma, (0.2, 0.5, 0.9)), origins, directions, samples)
+    path = (far - near) * directions.norm(dim=-1)                       # the distance through the cube, not the difference in depth
+    expected = 1 - torch.exp(-sigma * path)
+    assert (alpha - expected).abs().max() < 1e-5
+    assert (rgb - (expected[..., None] * torch.tensor([0.2, 0.5, 0.9]) + (1 - expected[..., None]))).abs().max() < 1e-5
+    seen = alpha > 0.01
+    assert (depth[seen] > near[seen]).all() and (depth[seen] < far[seen]).all() and depth[~seen].isinf().all()
+
+
+def test_values_and_gradients_equal_a_plain_loop():
+    """One number after another, in float64: the cube, the lookup, the sum."""
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.randn(1, 4, 3, 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    origins, directions = (t.double()[:, 100:140] for t in camera())
+    S = 9
+
+    def loop(volume):
+        pixels = []
+        for o, d in zip(origins[0], directions[0]):
+            near, far = 0.0, math.inf
+            for a in range(3):
+                t1, t2 = sorted([((-0.5 - o[a]) / d[a]).item(), ((0.5 - o[a]) / d[a]).item()])
+                near, far = max(near, t1), min(far, t2)
+            far = max(near, far)
+            step = (far - near) / S
+            left, colour, opacity = 1.0, torch.zeros(3, dtype=torch.float64), 0.0
+            for s in range(S):
+                p = o + (near + (s + 0.5) * step) * d
+                channels = torch.zeros(4, dtype=torch.float64)
+                where = [(p[a] + 0.5) * volume.shape[4 - a] - 0.5 for a in range(3)]              # x, y, z in voxels
+                where = [w.clamp(0, volume.shape[4 - a] - 1) for a, w in enumerate(where)]
+                for corner in range(8):
+                    weight, index = 1.0, []
+                    for a in range(3):
+                        low = min(int(where[a]), volume.shape[4 - a] - 2)
+                        up = corner >> a & 1
+                        weight = weight * (where[a] - low if up else low + 1 - where[a])
+                        index.append(low + up)
+                    channels = channels + weight * volume[0, :, index[2], index[1], index[0]]
+                tau = F.softplus(channels[0]) * step * d.norm()
+                share = left * (1 - torch.exp(-tau))
+                colour, opacity, left = colour + share * torch.sigmoid(channels[1:]), opacity + share, left * torch.exp(-tau)
+            pixels.append(torch.cat([colour + left, torch.as_tensor(opacity).view(1)]))
+        return torch.stack(pixels)
+
+    def ours(volume):
+        rgb, alpha, _ = v.render(volume, origins, directions, S)
+        return torch.cat([rgb[0], alpha[0, :, None]], 1)
+
+    weight = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    results = []
+    for renderer in (loop, ours):
+        out = renderer(volume)
+        results.append((out, torch.autograd.grad((out * weight).sum(), volume)[0]))
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-9
+    assert (results[0][1] - results[1][1]).abs().max() < 1e-9 and results[1][1].abs().max() > 0.01
+
+
+def test_opacity_stays_within_0_and_1():
+    generator = torch.Generator().manual_seed(1)
+    volume = torch.randn(2, 4, 8, 8, 8, generator=generator) * 300
+    origins, directions = (t.expand(2, -1, -1) for t in camera())
+    rgb, alpha, _ = v.render(volume, origins, directions, 32, generator=generator)
+    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6 and rgb.min() >= 0 and rgb.max() <= 1 + 1e-6 and alpha.max() > 0.99
+
+
+def test_splitting_bins_changes_nothing():
+    generator = torch.Generator().manual_seed(2)
+    sigma, rgb = torch.rand(5, 12, generator=generator) * 9, torch.rand(5, 12, 3, generator=generator)
+    length = torch.rand(5, 12, generator=generator) * 0.2
+    whole = v.composite(sigma, rgb, length, torch.zeros(5, 12))
+    halves = v.composite(*(x.repeat_interleave(2, 1) for x in (sigma, rgb, length / 2, torch.zeros(5, 12))))
+    assert (whole[0] - halves[0]).abs().max() < 1e-6 and (whole[1] - halves[1]).abs().max() < 1e-6
+
+
+def test_the_inclusive_slip_dims_a_sample_by_itself():
+    opaque = torch.full((1, 1), 100.0), torch.zeros(1, 1, 3), torch.ones(1, 1), torch.ones(1, 1)
+    assert v.composite(*opaque)[1] > 0.999 and v.composite(*opaque, transmittance="inclusive")[1] < 1e-6
+
+
+def test_rays_that_miss_are_white_with_no_gradient():
+    volume = uniform(50.0, (0.1, 0.1, 0.1)).requires_grad_()
+    origins = torch.tensor([[[2.0, 0, 0], [0, 2, 0], [0, 0, 0.6]]])
+    directions = torch.tensor([[[1.0, 0, 0], [1, 0, 0], [1, 1, 0]]])           # away from it, past it, above it
+    for occupied in (None, v.occupancy(volume)):
+        rgb, alpha, depth = v.render(volume, origins, directions, 16, occupied=occupied)
+        assert (rgb == 1).all() and (alpha == 0).all() and depth.isinf().all()
+        gradient = torch.autograd.grad(rgb.sum() + alpha.sum(), volume)[0]
+        assert (gradient == 0).all()
+
+
+def test_rays_go_through_their_pixels():
+    """A point on a pixel's ray projects back into the pixel's centre, and its t is its depth."""
+    K, pose = intrinsics_at(20, 131.25).float(), camera_to_world_at(77, -40, 1.3).float()
+    origins, directions = v.camera_rays(pose, K, 20)
+    t = torch.rand(400, generator=torch.Generator().manual_seed(3)) + 0.5
+    x = (origins + t[:, None] * directions - pose[:3, 3]) @ pose[:3, :3]
+    assert (x[:, 2] - t).abs().max() < 1e-5
+    pixel = (x / x[:, 2:]) @ K.T
+    assert (pixel[:, 0].view(20, 20) - (torch.arange(20) + 0.5)).abs().max() < 1e-4
+    assert (pixel[:, 1].view(20, 20) - (torch.arange(20)[:, None] + 0.5)).abs().max() < 1e-4
+
+
+def test_axes_are_z_y_x():
+    """A light in the voxel of largest z is seen at the top by a level camera; of largest x, by its own camera alone."""
+    volume = torch.full((1, 4, 8, 8, 8), -20.0)
+    volume[0, 0, 7, 3:5, 3:5] = 50.0
+    origins, directions = camera(32, 0, 0)
+    alpha = v.render(volume, origins, directions, 64)[1].view(32, 32)
+    assert alpha[:16].sum() > 5 and alpha[16:].sum() < 0.01
+    rows, columns = (alpha > 0.5).nonzero(as_tuple=True)
+    assert abs(columns.float().mean() - 15.5) < 0.6
+
+
+@pytest.mark.parametrize("samples, generator", [(64, None), (48, 5), (37, None), (6, 6)])
+def test_skipping_empty_space_changes_nothing(samples, generator):
+    volumes = torch.cat([v.headphones(32, 2000.0), v.headphones(32, 2000.0).flip(2), torch.full((1, 4, 32, 32, 32), -30.0)])
+    volumes.requires_grad_()
+    origins, directions = (torch.cat([a, b, a]) for a, b in zip(camera(24), camera(24, 200, -30)))
+    results = []
+    for occupied in (None, v.occupancy(volumes)):
+        g = torch.Generator().manual_seed(generator) if generator else None
+        rgb, alpha, depth = v.render(volumes, origins, directions, samples, generator=g, occupied=occupied)
+        results.append((rgb, alpha, torch.autograd.grad((rgb * rgb).sum() + alpha.sum(), volumes)[0]))
+    (rgb, alpha, gradient), (rgb2, alpha2, gradient2) = results
+    assert (rgb - rgb2).square().mean() < 1e-6 and (alpha - alpha2).abs().max() < 0.01           # 60 dB
+    assert torch.cosine_similarity(gradient.flatten(), gradient2.flatten(), dim=0) > 0.9999
+    assert (rgb2[2] == 1).all()                                                                  # nothing there at all
+
+
+def test_one_sample_is_looked_up_where_it_is():
+    volume = torch.randn(3, 5, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+    position = torch.rand(50, 3, generator=torch.Generator().manual_seed(5)) - 0.5
+    owner = torch.tensor([0] * 20 + [2] * 30)
+    expected = torch.stack([v.lookup(volume[o][None], p.view(1, 1, 3))[0, 0] for o, p in zip(owner, position)])
+    assert (v.lookup_sparse(volume, position, owner) - expected).abs().max() < 1e-6
+    assert (v.lookup_sparse(volume[:1], position, owner * 0) - v.lookup(volume[:1], position[None])[0]).abs().max() < 1e-6
+
+
+def test_the_example_runs(tmp_path, capsys):
+    v.main(["--out", str(tmp_path), "--size", "32", "--samples", "32", "--resolution", "32"])
+    assert "million rays per second" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["colour.png", "depth.png", "opacity.png"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cpu_and_gpu_agree():
+    volume, (origins, directions) = v.headphones(32, 2000.0), camera(32)
+    for skip in (False, True):
+        results = []
+        for device in ("cpu", "cuda"):
+            moved = volume.to(device)
+            results.append(v.render(moved, origins.to(device), directions.to(device), 64, occupied=v.occupancy(moved) if skip else None))
+        for a, b in zip(*results):
+            assert (a - b.cpu()).nan_to_num(0, 0, 0).abs().max() < 1e-4
