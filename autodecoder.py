@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device, save_picture
+from common import Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device, remove, save_picture
 from volume_render import camera_rays, density, occupancy, render
 
 
@@ -45,6 +45,7 @@ class Config:
     latent_resolution: int = 8           # 4 | 8 | 16: voxels along a side of the latent volume
     latent_channels: int = 16            # numbers in a latent voxel
     channels: str = "64,32,16"           # of G2's levels, from the latent's resolution up, each doubling it
+    children: int = 2                    # 1 | 2: voxels along a side that each of the last level's voxels becomes, without a level
     blocks: int = 1                      # residual blocks a level
     attention: bool = False              # self-attention at 8^3, as 3DADM has
     coordinates: bool = True             # each block sees where its voxels are ("position concatenation")
@@ -185,14 +186,15 @@ class Autodecoder(nn.Module):
         self.levels = nn.ModuleList([nn.Sequential(*[block(b, b) for _ in range(config.blocks)]) for b in widths])
         if config.attention:
             self.levels[0].append(Attention(first))
-        self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(),
-                                   Conv(widths[-1], config.features if config.head == "mlp" else 4, 3, padding=1))
+        self.width = config.features if config.head == "mlp" else 4                # of the volume
+        self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(), Conv(widths[-1], self.width * config.children ** dims, 3, padding=1))
         if config.head == "mlp":
             seen = config.features + 3 + 6 * config.bands
             self.mlp = nn.Sequential(nn.Linear(seen, config.mlp_width), nn.SiLU(), nn.Linear(config.mlp_width, config.mlp_width),
                                      nn.SiLU(), nn.Linear(config.mlp_width, 4))
         with torch.no_grad():
-            (self.mlp[-1] if config.head == "mlp" else self.leave[-1]).bias[0] = BORN
+            born = self.mlp[-1].bias[:1] if config.head == "mlp" else self.leave[-1].bias.view(self.width, -1)[0]
+            born.fill_(BORN)
 
     def to_latent(self, codes):
         """(B,code_width) -> (B,C,r,r,r), or (B,3,C,r,r) for planes"""
@@ -209,6 +211,10 @@ class Autodecoder(nn.Module):
         for k, level in enumerate(self.levels):
             x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
         x = self.leave(x)
+        if self.config.children == 2:                # (B,8C,n,n,n) -> (B,C,2n,2n,2n): channels become the halves of each axis
+            n, axes = x.shape[2:], x.dim() - 2
+            x = x.view(len(x), self.width, *[2] * axes, *n)
+            x = x.permute(0, 1, *[d for a in range(axes) for d in (2 + axes + a, 2 + a)]).reshape(len(x), self.width, *[2 * k for k in n])
         if planes:
             xy, xz, yz = x.view(-1, 3, *x.shape[1:]).unbind(1)
             x = xy[:, :, None] + xz[:, :, :, None] + yz[..., None]
@@ -478,6 +484,8 @@ def main(argv=None):
                         "one is to be held out to measure by, and one to train on")
     views = torch.arange(photos.rgb.shape[1])
     train_views, test_views = views[:len(views) - config.holdout_views], views[len(views) - config.holdout_views:]
+    if config.fresh:
+        remove(*(Path(config.out, name) for name in ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")))
     run = Run(config.out, config, RECIPE)
 
     torch.manual_seed(config.seed)
@@ -498,45 +506,46 @@ def main(argv=None):
     save = lambda: run.save({"config": asdict(config), "names": photos.names, "step": step, "model": model.state_dict(),
                              "optimizer": optimizer.state_dict()})
 
-    while step < config.steps:
-        # Warm-up, then half a cosine
-        share = min(1.0, (step + 1) / (0.05 * config.steps)) * (0.515 + 0.485 * math.cos(math.pi * step / config.steps))
-        for group, rate in zip(optimizer.param_groups, (config.decoder_lr, config.code_lr)):
-            group["lr"] = rate * share
-        # Everything random in a step follows from (seed, step): resuming needs no more than the step's number
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        objects, *batch = draw_batch(photos, config, train_views, generator)
-        with cast():
-            latent = model.to_latent(model.codes[objects.to(device)])
-            if config.latent_noise:
-                latent = latent + config.latent_noise * torch.randn(latent.shape, generator=generator).to(device)
-            volume = model.to_volume(latent)
-        loss, photo, alpha = reconstruction_loss(model, volume, [t.to(device) for t in batch], config, on_device(generator, device),
-                                                 step >= config.dense_steps, photos.has_masks)
-        loss = loss + config.code_decay * model.codes.square().mean()
-        if config.smoothness:
-            loss = loss + config.smoothness * total_variation(volume)
-        if config.mixture_penalty:
-            loss = loss + config.mixture_penalty * fog(model, generator, 2)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if run.finite(step, loss.item() + norm.item()):
-            optimizer.step()
-        step += 1
+    with run:
+        while step < config.steps:
+            # Warm-up, then half a cosine
+            share = min(1.0, (step + 1) / (0.05 * config.steps)) * (0.515 + 0.485 * math.cos(math.pi * step / config.steps))
+            for group, rate in zip(optimizer.param_groups, (config.decoder_lr, config.code_lr)):
+                group["lr"] = rate * share
+            # Everything random in a step follows from (seed, step): resuming needs no more than the step's number
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            objects, *batch = draw_batch(photos, config, train_views, generator)
+            with cast():
+                latent = model.to_latent(model.codes[objects.to(device)])
+                if config.latent_noise:
+                    latent = latent + config.latent_noise * torch.randn(latent.shape, generator=generator).to(device)
+                volume = model.to_volume(latent)
+            loss, photo, alpha = reconstruction_loss(model, volume, [t.to(device) for t in batch], config, on_device(generator, device),
+                                                     step >= config.dense_steps, photos.has_masks)
+            loss = loss + config.code_decay * model.codes.square().mean()
+            if config.smoothness:
+                loss = loss + config.smoothness * total_variation(volume)
+            if config.mixture_penalty:
+                loss = loss + config.mixture_penalty * fog(model, generator, 2)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if run.finite(step, loss.item() + norm.item()):
+                optimizer.step()
+            step += 1
 
-        if step % config.log_every == 0 or step == config.steps:
-            run.log(step, config.steps, loss=loss.item(), psnr=-10 * math.log10(photo.item() + 1e-10), alpha=alpha.item(), lr=share * config.decoder_lr)
-        if step % config.preview_every == 0 or step == config.steps:
-            rows = measure(model, model.codes[chosen], photos, chosen.tolist(), test_views[:4], device)
-            run.log(step, config.steps, show=False, heldout=rows[:, 2].mean().item(), heldout_foreground=rows[:, 3].nanmean().item())
-            run.say(f"step {step}: held-out views of {len(chosen)} objects: {rows[:, 2].mean():.2f} dB, foreground {rows[:, 3].nanmean():.2f} dB")
-            save_picture(run.folder / f"previews/step_{step:06d}.png",
-                         preview(model, model.codes[chosen], photos, chosen.tolist(), test_views[0], device))
-        if step % config.save_every == 0 or step == config.steps or run.stopping:
-            save()
-        if run.stopping:
-            raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on from there")
+            if step % config.log_every == 0 or step == config.steps:
+                run.log(step, config.steps, loss=loss.item(), psnr=-10 * math.log10(photo.item() + 1e-10), alpha=alpha.item(), lr=share * config.decoder_lr)
+            if step % config.preview_every == 0 or step == config.steps:
+                rows = measure(model, model.codes[chosen], photos, chosen.tolist(), test_views[:4], device)
+                run.log(step, config.steps, show=False, heldout=rows[:, 2].mean().item(), heldout_foreground=rows[:, 3].nanmean().item())
+                run.say(f"step {step}: held-out views of {len(chosen)} objects: {rows[:, 2].mean():.2f} dB, foreground {rows[:, 3].nanmean():.2f} dB")
+                save_picture(run.folder / f"previews/step_{step:06d}.png",
+                             preview(model, model.codes[chosen], photos, chosen.tolist(), test_views[0], device))
+            if step % config.save_every == 0 or step == config.steps or run.stopping:
+                save()
+            if run.stopping:
+                raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on from there")
 
     everything = range(len(photos.names))
     rows = measure(model, model.codes, photos, everything, test_views, device, baseline_pictures(photos, train_views, device))

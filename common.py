@@ -77,8 +77,10 @@ def pick_device(name="auto"):
         name, why = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
     else:
         why = "asked for"
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {name} was asked for, but torch {torch.__version__} finds no CUDA GPU: use --device cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise UserError(f"--device {name}: auto, cpu or cuda (or cuda:1, ...) is wanted")
+        if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name} was asked for, but torch {torch.__version__} finds no such GPU: use --device cpu")
     title = torch.cuda.get_device_name(name) if name.startswith("cuda") else f"{torch.get_num_threads()} threads"
     print(f"device {name} ({why}; {title})")
     return torch.device(name)
@@ -135,22 +137,41 @@ class Run:
         file = self.folder / name
         if file.exists():
             try:
-                found = json.loads(file.read_text())
-            except (OSError, ValueError):
+                found = dict(json.loads(file.read_text()))
+            except (OSError, ValueError, TypeError):
                 raise UserError(f"{file} cannot be read: delete it and what it describes, and run again") from None
             for field, value in wanted.items():
                 if found.get(field, value) != value:
-                    raise UserError(f"{file} says that what is there was made with --{field} {found[field]}, not {value}: "
-                                    "use the same value, another --out, or start over with --fresh")
+                    raise UserError(f"{file} says that what is there was made with --{field} {found[field] or '(none)'}, not "
+                                    f"{value or '(none)'}: use the same value, another --out, or start over with --fresh")
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")         # names that the terminal cannot show must not end a run
+        self.lock = open(self.folder / f".{name}.lock", "w")
+        try:
+            import fcntl                                              # the lock goes with its process, however that dies
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                                           # Windows: no such lock
+            pass
+        except OSError:
+            raise UserError(f"another run is writing to {self.folder} now: wait for it, or use another --out") from None
+
+    def __enter__(self):
+        """Around the loop alone: Ctrl-C and SIGTERM only set `stopping`, which the loop looks at when it is safe to."""
+        self.before = {}
         if threading.current_thread() is threading.main_thread():     # no other can set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._stop)
+            self.before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.lock.close()
 
     def _stop(self, number, frame):
         if self.stopping:                            # asked twice: the user means now
-            raise KeyboardInterrupt
+            raise UserError("stopped at once; the same command goes on from what is saved")
         self.stopping = signal.Signals(number).name
 
     def save(self, state):
@@ -240,7 +261,23 @@ def clock(seconds):
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
+def remove(*paths):
+    """For --fresh: files and folders, if they are there."""
+    for path in paths:
+        try:
+            shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--fresh: cannot remove {path}: {error}") from None
+
+
 # --------------------------------------------------------------------------------------------------------- pictures
+
+def decode(image, mode):
+    """A PIL image as 8 bits a channel in `mode`.  Pillow itself would clip 16-bit greys to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
+
 
 def grid(pictures, columns, gap=2):
     """Pictures (N,H,W,3) uint8, a tensor or array -> one array, `columns` to a row, white between them."""

@@ -10,7 +10,7 @@ all the textures of a mesh lie in one long row of texels, so that a lookup never
 
     texels  ....aaaaaaaaaaaabbbbbbbbbbbbbbbbbbbc....       material m, texel (x, y):  texels[start[m] + y * width[m] + x]
 
-in   a path to an .obj file; it, its .mtl and its images are never followed out of the model's own folder
+in   a path to an .obj file; its .mtl and its images are not followed out of the model's own folder
 out  Mesh
 read Mesh, load_obj, read_obj, read_mtl.
 """
@@ -18,6 +18,7 @@ import functools
 import math
 import os
 import re
+import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import UserError
+from common import UserError, decode
 
 MAX_BYTES = 500_000_000        # of one file, and
 MAX_FACES = 5_000_000          # triangles of one mesh: beyond these it is not a ShapeNet model but an accident
@@ -54,30 +55,32 @@ def load_obj(path):
     """All that ShapeNet's OBJ files do -> Mesh, in the file's own coordinates; or a UserError that names the file."""
     path = Path(path)
     # ShapeNet v2 keeps <model>/models/model_normalized.obj beside <model>/images/; v1 has all in one folder
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path.parent))
     folder = folder.parent if folder.name == "models" else folder
     notes = {}
     vertices, uvs, corners, corner_uvs, material_names, libraries = read_obj(path, notes)
 
     materials = {}
-    for line in libraries:
+    for line in dict.fromkeys(libraries):
         whole = find(line, path.parent, folder, notes)
         for name in [line] if whole else line.split():                # one name with spaces in it, or several names
             file = whole or find(name, path.parent, folder, notes)
             if file is None:
-                note(notes, f"material file {name!r} is missing")
+                note(notes, f"material file {short(name)} is missing")
             else:
                 materials = read_mtl(file, notes) | materials
 
     # Two entries a material, its texture and its plain Kd: a face without texture coordinates takes the second
     names = sorted(set(material_names), key=lambda name: name or "")
-    textures = []
+    textures, opened = [], {}
     for name in names:
         if name is not None and name not in materials:
-            note(notes, f"material {name!r} is in no material file: grey")
+            note(notes, f"material {short(name)} is in no material file: grey")
         kd, texture = materials.get(name, (GREY, None))
-        plain = np.uint8(np.clip(np.round(np.array(kd) * 255), 0, 255)).reshape(1, 1, 3)
-        image = read_texture(texture, path.parent, folder, notes) if texture else None
+        plain = np.uint8(np.round(np.clip(kd, 0, 1) * 255)).reshape(1, 1, 3)
+        if texture and texture not in opened:
+            opened[texture] = read_texture(texture, path.parent, folder, notes)
+        image = opened[texture] if texture else None
         textures += [plain if image is None else image, plain]
     number = {name: 2 * k for k, name in enumerate(names)}
     material = np.array([number[name] for name in material_names])
@@ -87,16 +90,24 @@ def load_obj(path):
     uvs[~has_uvs] = 0
 
     shape = np.array([texture.shape[:2] for texture in textures])
-    start = np.concatenate([[0], np.cumsum(shape.prod(1))[:-1]])
+    distinct = {id(texture): texture for texture in textures}         # materials that share a texture share its texels
+    begin = dict(zip(distinct, np.cumsum([0] + [texture.shape[0] * texture.shape[1] for texture in distinct.values()])))
+    start = np.array([begin[id(texture)] for texture in textures])
     return Mesh(torch.from_numpy(vertices), torch.from_numpy(corners), torch.from_numpy(uvs),
                 torch.from_numpy(np.where(has_uvs, material, material + 1)),
-                torch.from_numpy(np.concatenate([texture.reshape(-1, 3) for texture in textures])),
+                torch.from_numpy(np.concatenate([texture.reshape(-1, 3) for texture in distinct.values()])),
                 torch.from_numpy(start), torch.from_numpy(shape), torch.from_numpy(shape.prod(1) > 1),
                 [text if count == 1 else f"{text} ({count} times)" for text, count in notes.items()])
 
 
 def note(notes, text):
+    """Counts a remark; after the twentieth different one, only how many there were."""
+    text = text if text in notes or len(notes) < 20 else "more of the like"
     notes[text] = notes.get(text, 0) + 1
+
+
+def short(name):
+    return repr(name if len(name) <= 80 else name[:80] + "...")
 
 
 # ---------------------------------------------------------------------------------------------------------- text in
@@ -113,8 +124,11 @@ def read_lines(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     lines = iter(text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n"))
     for line in lines:
-        while line.endswith("\\") and not line.lstrip().startswith("#"):     # a `\` at the end continues the line
-            line = line[:-1] + " " + next(lines, "")
+        if line.endswith("\\") and not line.lstrip().startswith("#"):        # a `\` at the end continues the line
+            parts = [line]
+            while parts[-1].endswith("\\"):
+                parts[-1:] = [parts[-1][:-1], next(lines, "")]
+            line = " ".join(parts)
         words = line.split()
         if words and not words[0].startswith("#"):
             yield words
@@ -141,6 +155,10 @@ def read_obj(path, notes):
             uvs.append((number(u), number(v)))
         elif keyword == "f":
             faces += 1
+            if len(words) + len(triangles) > MAX_FACES:
+                raise UserError(f"{path} has more than {MAX_FACES:,} triangles: not a model for this")
+            if "#" in words:
+                words = words[:words.index("#")]
             try:
                 v, t = zip(*[corner(word) for word in words[1:]])
             except ValueError:                       # no integers, or no corners at all
@@ -156,8 +174,6 @@ def read_obj(path, notes):
             else:                                    # a polygon is a fan of triangles
                 triangles += [(faces, v[0], v[k], v[k + 1], t[0], t[k], t[k + 1], material)
                               for k in range(1, len(v) - 1) if v[0] != v[k] != v[k + 1] != v[0]]
-            if len(triangles) > MAX_FACES:
-                raise UserError(f"{path} has more than {MAX_FACES:,} triangles: not a model for this")
         elif keyword == "usemtl":
             names.append(" ".join(words[1:]))
             material = len(names) - 1
@@ -243,16 +259,16 @@ def find(name, beside, folder, notes):
     if not name or "\0" in name:
         return None
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        note(notes, f"{name!r} is an absolute path: refused")
+        note(notes, f"{short(name)} is an absolute path: refused")
         return None
-    for base in (beside, folder):                    # ./images/a.png is often meant as ../images/a.png
-        file = match_case(Path(os.path.abspath(base)), [part for part in name.split("/") if part not in ("", ".")])
-        if file is None:
-            continue
-        if not file.resolve().is_relative_to(folder):
-            note(notes, f"{name!r} leads out of the model's folder: refused")
+    for base in (Path(os.path.realpath(beside)), folder):             # ./images/a.png is often meant as ../images/a.png
+        inside = Path(os.path.normpath(base / name)).is_relative_to(folder)
+        file = match_case(base, [part for part in name.split("/") if part not in ("", ".")]) if inside else None
+        if not inside and base != folder or file and not Path(os.path.realpath(file)).is_relative_to(folder):
+            note(notes, f"{short(name)} leads out of the model's folder: refused")
             return None
-        return file
+        if file:
+            return file
     return None
 
 
@@ -262,7 +278,8 @@ def match_case(path, parts):
         exact = path.parent if part == ".." else path / part
         try:
             if not exact.exists():
-                exact = next((entry for entry in sorted(path.iterdir()) if entry.name.lower() == part.lower()), None)
+                plain = lambda text: unicodedata.normalize("NFC", text).lower()
+                exact = next((entry for entry in sorted(path.iterdir()) if plain(entry.name) == plain(part)), None)
         except OSError:                              # a part that is no folder, or a name that is too long
             return None
         if exact is None:
@@ -275,17 +292,17 @@ def read_texture(name, beside, folder, notes):
     """-> (H,W,3) uint8, or None with a note: the material's Kd stands in."""
     file = find(name, beside, folder, notes)
     if file is None:
-        note(notes, f"texture {name!r} is missing: its Kd instead")
+        note(notes, f"texture {short(name)} is missing: its Kd instead")
         return None
     try:
         with Image.open(file, formats=["PNG", "JPEG"]) as image:
             if image.width * image.height > MAX_PIXELS:
-                note(notes, f"texture {name!r} is {image.width} x {image.height}: too large, its Kd instead")
+                note(notes, f"texture {short(name)} is {image.width} x {image.height}: too large, its Kd instead")
                 return None
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+            image = decode(image, "RGBA" if "transparency" in image.info else "RGB").convert("RGB")
             if max(image.size) > MAX_SIDE:
                 image = image.reduce(-(-max(image.size) // MAX_SIDE))
             return np.array(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        note(notes, f"texture {name!r} is broken ({type(error).__name__}): its Kd instead")
+        note(notes, f"texture {short(name)} is broken ({type(error).__name__}): its Kd instead")
         return None

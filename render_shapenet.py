@@ -21,11 +21,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +36,8 @@ import torch
 from PIL import Image
 
 import earphones
-from common import Run, UserError, atomic_folder, grid, parse_config, pick_device, save_picture
+from common import (Run, UserError, atomic_file, atomic_folder, decode, grid, parse_config, pick_device, remove,
+                    save_picture)
 from meshes import load_obj
 
 
@@ -117,9 +120,10 @@ def opencv_from_pytorch3d(R, T):
 
     negate the first two *columns* of R, then transpose; negate the first two entries of T.  Inverted, for camera to world:
     x = R_cv^T (x_cv - t_cv), that is the rotation R F and the position -R F F T = -R T."""
-    R, T = torch.as_tensor(R), torch.as_tensor(T)
-    pose = torch.zeros(*R.shape[:-2], 4, 4, dtype=R.dtype)
-    pose[..., :3, :3] = R * torch.tensor([-1.0, -1.0, 1.0], dtype=R.dtype)
+    R = torch.as_tensor(R)
+    T = torch.as_tensor(T, dtype=R.dtype, device=R.device)
+    pose = torch.zeros(*R.shape[:-2], 4, 4, dtype=R.dtype, device=R.device)
+    pose[..., :3, :3] = R * torch.tensor([-1.0, -1.0, 1.0], dtype=R.dtype, device=R.device)
     pose[..., :3, 3] = -(R @ T[..., None])[..., 0]
     pose[..., 3, 3] = 1
     return pose
@@ -280,7 +284,7 @@ def visible_faces_pytorch3d(mesh, camera, K, size):
 
 def photograph(mesh, folder, config, generator):
     """Write one object's photos, masks and cameras; views that see nothing of it (a sheet, edge on) are drawn again.
-    False if that does not help."""
+    NothingSeen if that does not help."""
     K = intrinsics_at(config.size, config.focal)
     for sub in ("rgb", "mask", "pose"):
         (folder / sub).mkdir()
@@ -299,12 +303,13 @@ def photograph(mesh, folder, config, generator):
         if number == wanted:
             break
     else:
-        return False
+        raise NothingSeen
     f, cx, cy = K[0, 0].item(), K[0, 2].item(), K[1, 2].item()
     (folder / "intrinsics.txt").write_text(f"{f} {cx} {cy} 0.\n0. 0. 0.\n1.\n{config.size} {config.size}\n")
-    if config.transforms:
-        write_transforms(folder, wanted, f, cx, cy, config.size)
-    return True
+
+
+class NothingSeen(Exception):
+    """Cameras all around it, and not one of them sees the object."""
 
 
 def save_photo(path, pixels):
@@ -315,15 +320,17 @@ def numbers(matrix):
     return " ".join(repr(float(value)) for value in np.asarray(matrix).flatten())
 
 
-def write_transforms(folder, views, f, cx, cy, size):
+def write_transforms(folder):
     """transforms.json, for nerfstudio, instant-ngp and torch-ngp: OpenGL's camera, +Y up and looking along -Z."""
+    (f, cx, cy), size = read_numbers(folder / "intrinsics.txt", [0])[:3], int(read_numbers(folder / "intrinsics.txt", [3])[0])
     frames = []
-    for k in range(views):
-        pose = np.loadtxt(folder / f"pose/{k:06d}.txt").reshape(4, 4) @ np.diag([1.0, -1, -1, 1])
-        frames.append({"file_path": f"rgb/{k:06d}.png", "transform_matrix": pose.tolist()})
-    (folder / "transforms.json").write_text(json.dumps({
-        "fl_x": f, "fl_y": f, "cx": cx, "cy": cy, "w": size, "h": size, "camera_angle_x": 2 * math.atan(size / 2 / f),
-        "aabb_scale": 1, "scale": 0.9, "offset": [0.5, 0.5, 0.5], "white_transparent": True, "frames": frames}, indent=1))
+    for path in visible(folder / "pose"):
+        pose = read_pose(path).astype(float) @ np.diag([1.0, -1, -1, 1])
+        frames.append({"file_path": f"rgb/{path.stem}.png", "transform_matrix": pose.tolist()})
+    with atomic_file(folder / "transforms.json") as temporary:
+        temporary.write_text(json.dumps({
+            "fl_x": f, "fl_y": f, "cx": cx, "cy": cy, "w": size, "h": size, "camera_angle_x": 2 * math.atan(size / 2 / f),
+            "aabb_scale": 1, "scale": 0.9, "offset": [0.5, 0.5, 0.5], "white_transparent": True, "frames": frames}, indent=1))
 
 
 # ----------------------------------------------------------------------------------------------------- photos, read
@@ -334,6 +341,8 @@ def load_photos(folder, size):
 
     Photos are decoded by threads; what is wrong with the data is a UserError that names the file."""
     folder = Path(folder)
+    if size < 1:
+        raise UserError(f"photos at {size} pixels a side: at least 1 is wanted")
     if not folder.is_dir():
         raise UserError(f"{folder} is not there. For the procedural earphones, run: python render_shapenet.py")
     if (folder / "rgb").is_dir():
@@ -371,42 +380,49 @@ def load_object(folder, size):
         if side != sides[0]:
             raise UserError(f"{path} is {side} x {side} and others are {sides[0]} x {sides[0]}: photos of one size are wanted")
     if (folder / "mask").is_dir():
-        masks = [read_mask(folder / "mask" / path.name, size) for path in pictures]
-    has_masks = all(mask is not None for mask in masks)
+        beside = [folder / "mask" / path.name for path in pictures]
+        masks = [read_mask(path if path.exists() else path.with_suffix(".png"), size) for path in beside]
+    # An alpha channel that is opaque everywhere, as in SRN's own photos, says nothing of where the object is
+    has_masks = all(mask is not None for mask in masks) and any((mask < 255).any() for mask in masks)
     return np.stack(photos), np.stack(masks) if has_masks else None, poses, intrinsics, sides[0]
 
 
 def read_numbers(path, lines=None):
-    """The numbers of a small text file; `lines`: these lines alone."""
+    """The numbers of a small text file; `lines`: of these lines alone."""
     try:
+        if not path.is_file() or path.stat().st_size > 100_000:
+            raise UserError(f"{path} is not there" if not path.exists() else f"{path} is no small text file")
         text = path.read_text(errors="replace")
         words = " ".join(text.split("\n")[k] for k in lines).split() if lines else text.split()
         values = np.array([float(word) for word in words])
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not np.isfinite(values).all():
-        raise UserError(f"{path} holds a number that is not finite")
+    if not (np.abs(values) < 1e6).all():
+        raise UserError(f"{path} holds a number that is not finite, or absurdly large")
     return values
 
 
 def read_pose(path):
-    """16 numbers, on one line or four: camera_to_world, which is checked to be a camera outside the object's cube."""
+    """16 numbers, on one line or four: camera_to_world, checked to be a camera that stands outside the cube and sees it."""
     values = read_numbers(path)
     if len(values) != 16:
         raise UserError(f"{path} has {len(values)} numbers; a camera_to_world matrix has 16")
     pose = values.reshape(4, 4)
-    rotation, position = pose[:3, :3], pose[:3, 3]
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
-        raise UserError(f"{path} is no camera: its 3x3 part is not a rotation (orthonormal columns, determinant +1)")
+    rotation, position, forward = pose[:3, :3], pose[:3, 3], pose[:3, 2]
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 2e-3 or np.linalg.det(rotation) < 0 or np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6:
+        raise UserError(f"{path} is no camera: a rotation (orthonormal, determinant +1), a position and the row 0 0 0 1 are wanted")
     if np.abs(position).max() <= 0.5:
         raise UserError(f"{path}: the camera stands at {position.round(3).tolist()}, inside the cube [-0.5, 0.5]^3 of the object")
+    if forward @ position >= np.abs(forward).sum() / 2:               # every corner of the cube is behind it
+        raise UserError(f"{path}: the camera looks away from the object: is this camera_to_world, +Z forward? An OpenGL camera needs "
+                        "its second and third columns negated")
     return pose.astype(np.float32)
 
 
 def read_intrinsics(path, size):
     """"f cx cy 0." and, on the fourth line, "H W": to use photos at another size f, cx and cy are scaled by new/old."""
     camera, extent = read_numbers(path, [0]), read_numbers(path, [3])
-    if len(camera) < 3 or camera[0] <= 0 or len(extent) != 2 or extent[0] != extent[1] or extent[0] < 1:
+    if len(camera) not in (3, 4) or len(extent) != 2 or extent[0] != extent[1] or not (0 < camera[:3]).all() or (camera[1:3] >= extent).any():
         raise UserError(f"{path}: 'f cx cy 0.' on line 1 and 'H W', with H = W, on line 4 are wanted")
     f, cx, cy = camera[:3] * size / extent[0]
     return np.array([[f, 0, cx], [0, f, cy], [0, 0, 1]], np.float32)
@@ -415,10 +431,12 @@ def read_intrinsics(path, size):
 def open_picture(path, mode):
     """-> a square PIL image in `mode`, or in RGBA where it has transparency."""
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is not there")
         with Image.open(path, formats=["PNG", "JPEG"]) as image:
             square = image.width == image.height <= 8192                    # looked at before anything is decoded
             transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
-            picture = image.convert("RGBA" if transparent else mode) if square else None
+            picture = decode(image, "RGBA" if transparent else mode) if square else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read ({error})") from None
     if not square:
@@ -447,7 +465,7 @@ def resize(image, size):
 # -------------------------------------------------------------------------------------------------------------- jobs
 
 def procedural_jobs(config):
-    """-> [(split, name, path of the .obj)], after writing those earphones that are not there yet."""
+    """-> [(split, name, path of the .obj)]"""
     jobs = []
     for split, count in (("train", config.objects), ("val", config.val_objects), ("test", config.test_objects)):
         for index in range(count):
@@ -457,7 +475,7 @@ def procedural_jobs(config):
 
 
 def shapenet_jobs(config):
-    """-> the same for a copy of ShapeNetCore, v1 or v2: DIR may be the root, a release or the synset's own folder."""
+    """-> the same for a copy of ShapeNetCore, v1 or v2, and the synset: DIR may be the root, a release or the synset's folder."""
     root = Path(config.shapenet).expanduser()
     if not root.is_dir():
         raise UserError(f"--shapenet {root}: no such folder")
@@ -471,13 +489,14 @@ def shapenet_jobs(config):
         raise UserError(f"{root} holds no models of synset {config.synset}: {config.synset}/<model>/models/model_normalized.obj "
                         "(v2) or <model>/model.obj (v1) is looked for there, in ShapeNetCore.v*/ below it, and in it")
     print(f"ShapeNet models of {folder}")
+    synset = folder.resolve().name if re.fullmatch(r"\d{8}", folder.resolve().name) else config.synset
     # Which ones are held out follows from the names alone, so that another machine holds out the same
     found = sorted((model.name, path) for model, path in zip(models, paths) if path)
-    order = sorted(found, key=lambda model: zlib.crc32(model[0].encode()))
-    if not 0 <= config.holdout < len(found):
+    order = sorted(found, key=lambda model: zlib.crc32(os.fsencode(model[0])))
+    if config.holdout >= len(found):
         raise UserError(f"--holdout {config.holdout}: there are {len(found)} models, of which some must be left to train on")
     held_out = {name for name, _ in order[:config.holdout]}
-    return [("test" if name in held_out else "train", name, path) for name, path in found]
+    return [("test" if name in held_out else "train", name, path) for name, path in found], synset
 
 
 def render_object(job, folder, config, device):
@@ -485,26 +504,29 @@ def render_object(job, folder, config, device):
     split, name, path = job
     model = path.parent.parent
     if not config.shapenet:
-        factors = earphones.draw_factors(split, int(name.split("_")[-1]), config.seed)
-        if not (model / "factors.json").is_file() or json.loads((model / "factors.json").read_text()) != factors:
+        factors = earphones.draw_factors(split, int(name.split("_")[-1]), config.seed) | {"thin": config.thin}
+        file = model / "factors.json"
+        if not file.is_file() or file.read_text(errors="replace") != json.dumps(factors, indent=1) + "\n":
             with atomic_folder(model) as temporary:
                 earphones.write_model(temporary, factors, config.thin)
     try:
         mesh, transform = to_world(load_obj(path))
     except UserError as error:
-        return [], str(error)
-    generator = np.random.default_rng([config.seed, zlib.crc32(name.encode())])     # the same cameras in any order
-    with atomic_folder(folder) as temporary:
-        if not photograph(mesh.to(device), temporary, config, generator):
-            return mesh.notes, f"{path}: no camera sees it"
-        (temporary / "mesh_to_world.txt").write_text(numbers(transform) + "\n")
-        if (model / "factors.json").is_file():
-            shutil.copy(model / "factors.json", temporary / "factors.json")
+        return [], str(error) if str(path) in str(error) else f"{path}: {error}"
+    generator = np.random.default_rng([config.seed, zlib.crc32(os.fsencode(name))])      # the same cameras in any order
+    try:
+        with atomic_folder(folder) as temporary:
+            photograph(mesh.to(device), temporary, config, generator)
+            (temporary / "mesh_to_world.txt").write_text(numbers(transform) + "\n")
+            if (model / "factors.json").is_file():
+                shutil.copy(model / "factors.json", temporary / "factors.json")
+    except NothingSeen:
+        return mesh.notes, f"{path}: no camera sees it"
     return mesh.notes, None
 
 
 def worker_setup():
-    """In each worker process: one picture is too small to share among threads; Ctrl-C is the parent's to handle; and if the
+    """In each worker process: one picture is too small to share among threads; signals are the parent's to handle; and if the
     parent is killed outright, so that it cannot say anything, the worker ends too."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -522,6 +544,8 @@ def render_all(todo, config, device):
     try:
         work = {pool.submit(render_object, job, folder, config, device): job[1] for job, folder in todo}
         yield from ((work[future], *future.result()) for future in as_completed(work))
+    except BrokenProcessPool:
+        raise UserError("a worker process died, for want of memory perhaps: try --workers 1; the same command goes on from here") from None
     finally:
         pool.shutdown(cancel_futures=True)           # what has begun is finished, which takes a second
 
@@ -533,44 +557,58 @@ def contact_sheet(folder, path, most=72):
     save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:most, 12:-12, 12:-12], columns=12))
 
 
+def check(config):
+    """Values that would fail only later, or not at all."""
+    for good, what in ((min(config.objects, config.views, config.size, config.supersample) >= 1, "--objects, --views, --size and --supersample: at least 1"),
+                       (min(config.val_objects, config.test_objects, config.holdout, config.holdout_views, config.seed, config.workers) >= 0,
+                        "--val_objects, --test_objects, --holdout, --holdout_views, --seed and --workers: not negative"),
+                       (0.87 <= config.distance < 100, "--distance: from 0.87, outside the object's cube, to 100"),
+                       (0 < config.focal < 1e5, "--focal: more than 0, less than 1e5"), (0 < config.max_elevation < 90, "--max_elevation: between 0 and 90"),
+                       (re.fullmatch(r"\d+", config.synset), "--synset: digits alone, as 03261776"),
+                       (config.shapenet or not config.holdout, "--holdout: of ShapeNet's models, with --shapenet")):
+        if not good:
+            raise UserError(f"{what}  (--help lists the flags)")
+
+
 def main(argv=None):
     config = parse_config(Config, argv=argv)
-    config = replace(config, shapenet=str(Path(config.shapenet).expanduser().resolve()) if config.shapenet else "")
-    if min(config.objects, config.views, config.size, config.supersample) < 1:
-        raise UserError("--objects, --views, --size and --supersample must be at least 1")
+    check(config)
     device = pick_device(config.device)
-    jobs = shapenet_jobs(config) if config.shapenet else procedural_jobs(config)
-    category = CATEGORIES.get(config.synset, config.synset)
-    folders = [Path(config.out, f"{category}_{split}", name) for split, name, _ in jobs]
-
+    jobs, synset = shapenet_jobs(config) if config.shapenet else (procedural_jobs(config), "03261776")
+    category = CATEGORIES.get(synset, synset)
+    splits = {split: Path(config.out, f"{category}_{split}") for split in ("train", "val", "test")}
+    folders = [splits[split] / name for split, name, _ in jobs]
     recipe = Path(config.out, f"{category}.json")
-    splits = [Path(config.out, f"{category}_{split}") for split in ("train", "val", "test")]
-    if any(map(Path.exists, splits)) and not recipe.exists():
+    if any(path.exists() for path in splits.values()) and not recipe.exists():
         raise UserError(f"{config.out} already holds {category} photos that this program did not write: use another --out")
     if config.fresh:
-        for path in splits:
-            shutil.rmtree(path, ignore_errors=True)
-        recipe.unlink(missing_ok=True)
-    run = Run(config.out, config, RECIPE, recipe.name)
+        remove(*splits.values(), recipe, *([] if config.shapenet else [Path(config.out, "procedural")]))
+    # Where a copy of ShapeNet lies may change; that it is one may not
+    run = Run(config.out, replace(config, shapenet="ShapeNet" if config.shapenet else ""), RECIPE, recipe.name)
 
     todo = [(job, folder) for job, folder in zip(jobs, folders) if not folder.is_dir()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} objects are in {config.out} already: going on with the rest")
     skipped, done = [], 0
-    for name, remarks, failure in render_all(todo, config, device):
-        if failure:
-            skipped.append(failure)
-        for text in remarks + ([f"skipped: {failure}"] if failure else []):
-            run.say(f"{name}: {text}")
-        done += 1
-        run.progress("objects", done, len(todo))
-        if run.stopping:
-            raise UserError(f"stopped by {run.stopping}, {done} of {len(todo)} objects done: the same command goes on from there")
-    if (splits[0]).is_dir():
-        contact_sheet(splits[0], splits[0].with_suffix(".png"))
+    with run:
+        for name, remarks, failure in render_all(todo, config, device):
+            skipped += [failure] if failure else []
+            for text in remarks + ([f"skipped: {failure}"] if failure else []):
+                run.say(f"{name}: {text}")
+            done += 1
+            run.progress("objects", done, len(todo))
+            if run.stopping:
+                raise UserError(f"stopped by {run.stopping}, {done} of {len(todo)} objects done: the same command goes on from there")
+    for folder in folders if config.transforms else []:
+        if folder.is_dir():
+            write_transforms(folder)
     print(f"found {len(jobs)} models: {len(jobs) - len(todo)} were rendered already, {len(todo) - len(skipped)} now, "
           f"{len(skipped)} skipped" + "".join(f"; {why}" for why in skipped[:3]) + ("; ..." if len(skipped) > 3 else ""))
-    print(f"photos in {splits[0]}; look at {splits[0].with_suffix('.png')}")
+    if not splits["train"].is_dir():
+        raise UserError(f"no photos were made: see above why each of the {len(jobs)} models was skipped")
+    picture = splits["train"].with_suffix(".png")
+    contact_sheet(splits["train"], picture)
+    print(f"photos in {splits['train']}; look at {picture}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """Each thing that ShapeNet's files do, by a file that does it.  The square below is two triangles unless a test says else."""
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -58,8 +60,8 @@ def test_mixed_corners(model):
 @pytest.mark.parametrize("obj", [
     SQUARE.replace(" ", "\t") + "f\t1\t2\t3\n", SQUARE.replace("\n", "\r\n") + "f 1 2 3\r\n", SQUARE.replace("\n", "\r") + "f 1 2 3",
     "\ufeff" + SQUARE + "f 1 2 3", SQUARE + "f 1 \\\n 2 \\\n3\n", SQUARE + "# a path\\\nf 1 2 3\n", b"# caf\xe9 \xff\n" + SQUARE.encode() + b"g \xe9\nf 1 2 3",
-    SQUARE + "f 1 2 3 # a comment?\n".replace(" # a comment?", ""), "o x\ns off\ng a b\n" + SQUARE + "l 1 2\np 1\nvp 1 2\nf 1 2 3"],
-    ids=["tabs", "crlf", "cr", "bom", "continued", "comment-ending-in-backslash", "not-utf8", "plain", "other-keywords"])
+    SQUARE + "f 1 2 3 # a comment\n", "o x\ns off\ng a b\n" + SQUARE + "l 1 2\np 1\nvp 1 2\nf 1 2 3"],
+    ids=["tabs", "crlf", "cr", "bom", "continued", "comment-ending-in-backslash", "not-utf8", "comment-after", "other-keywords"])
 def test_lines(model, obj):
     assert model(obj).faces.tolist() == [[0, 1, 2]]
 
@@ -217,6 +219,29 @@ def test_missing_file_and_folder(tmp_path):
         load_obj(tmp_path / "gone.obj")
     with pytest.raises(UserError, match="is not a file"):
         load_obj(tmp_path)
+
+
+def test_a_symbolic_link_that_leads_to_itself(tmp_path):
+    (tmp_path / "a.obj").symlink_to(tmp_path / "a.obj")
+    with pytest.raises(UserError, match="a.obj is not there"):
+        load_obj(tmp_path / "a.obj")
+
+
+def test_large_and_hostile_text_takes_bounded_time(model):
+    began = time.monotonic()
+    Image.new("RGB", (2048, 2048), GREEN).save(model.folder / "images/t.png")
+    many = range(200)
+    mesh = model(SQUARE + "g " + "abc \\\n" * 200_000 + "\n" + "mtllib m.mtl\n" * 2000 + "mtllib gone{}.mtl\n" * 500 + "usemtl " + "x" * 100_000 + "\nf 1 2 3\n"
+                 + "".join(f"usemtl a{k}\nf 1/1 2/2 3/3\n" for k in many), "".join(f"newmtl a{k}\nmap_Kd ../images/t.png\n" for k in many))
+    assert len(mesh.texels) < 400_000 and len(mesh.notes) <= 21 and max(map(len, mesh.notes)) < 200
+    with pytest.raises(UserError, match="triangles"):
+        model(SQUARE + "f" + " 1" * (meshes.MAX_FACES + 9))
+    assert time.monotonic() - began < 20
+
+
+def test_16_bit_grey_textures(model):
+    Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(model.folder / "images/t.png")
+    assert colours(textured(model, "../images/t.png")) == [(128,) * 3] * 2
 
 
 def test_version_1_keeps_all_in_one_folder(tmp_path):

@@ -175,10 +175,11 @@ def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
         shutil.rmtree(tmp_path / "pose", ignore_errors=True)
         (tmp_path / "pose").mkdir()
         (tmp_path / "pose/000000.txt").write_text(stage.numbers(pose))
-        stage.write_transforms(tmp_path, 1, f, size / 2, size / 2, size)
+        (tmp_path / "intrinsics.txt").write_text(f"{f} {size / 2} {size / 2} 0.\n0. 0. 0.\n1.\n{size} {size}\n")
+        stage.write_transforms(tmp_path)
         written = json.loads((tmp_path / "transforms.json").read_text())
         x, y, z, _ = np.linalg.inv(written["frames"][0]["transform_matrix"]) @ [*point, 1]     # OpenGL: +Y up, looks along -Z
-        assert z < 0 and np.abs(ours - (written["cx"] + written["fl_x"] * x / -z, written["cy"] - written["fl_y"] * y / -z)).max() < 1e-9
+        assert z < 0 and np.abs(ours - (written["cx"] + written["fl_x"] * x / -z, written["cy"] - written["fl_y"] * y / -z)).max() < 1e-4
         assert math.isclose(written["camera_angle_x"], 2 * math.atan(size / 2 / f))
 
         speck = mesh_of((point + 0.02 * np.array([[-1, -1, -1], [1, -1, 1], [-1, 1, 1], [1, 1, -1]])).tolist(),
@@ -275,6 +276,28 @@ def test_the_recipe_is_kept(photos, tmp_path):
     assert (tmp_path / "earphones_train/mine").is_dir()
 
 
+def test_two_runs_do_not_share_a_folder(photos):
+    from common import Run
+    held = Run(photos, stage.Config(), (), "earphones.json.other")
+    with pytest.raises(UserError, match="another run is writing"):
+        Run(photos, stage.Config(), (), "earphones.json.other")
+    held.lock.close()
+
+
+def test_cables_come_with_thin_and_fresh(tmp_path):
+    faces = []
+    for more in ([], ["--thin", "--fresh"]):
+        stage.main(["--out", str(tmp_path), *TINY, "--objects", "1", "--test_objects", "0", *more])
+        faces.append(len(load_obj(tmp_path / "procedural/03261776/train_00000/models/model_normalized.obj").faces))
+    assert faces[1] > faces[0]
+
+
+def test_transforms_for_photos_that_are_there(tmp_path):
+    for more in ([], ["--transforms"]):
+        stage.main(["--out", str(tmp_path), *TINY, "--objects", "1", "--test_objects", "0", *more])
+    assert (tmp_path / "earphones_train/train_00000/transforms.json").is_file()
+
+
 def test_fresh_starts_over(tmp_path):
     stage.main(["--out", str(tmp_path), *TINY, "--objects", "1"])
     stage.main(["--out", str(tmp_path), *TINY, "--objects", "1", "--views", "1", "--fresh"])
@@ -283,7 +306,9 @@ def test_fresh_starts_over(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--sise", "3"], "--sise"), (["--view", "3"], "--view"), (["--views", "many"], "--views"), (["--renderer", "opengl"], "--renderer"),
-    (["--views", "0"], "--views"), (["--shapenet", "/nowhere"], "/nowhere"), (["--device", "cuda:7"], "cuda")])
+    (["--views", "0"], "--views"), (["--shapenet", "/nowhere"], "/nowhere"), (["--device", "cuda:7"], "cuda"), (["--device", "meta"], "meta"),
+    (["--seed", "-1"], "--seed"), (["--val_objects", "-1"], "--val_objects"), (["--max_elevation", "95"], "--max_elevation"), (["--max_elevation", "nan"], "--max_elevation"),
+    (["--distance", "0.1"], "--distance"), (["--focal", "0"], "--focal"), (["--synset", "../x"], "--synset"), (["--holdout", "3"], "--holdout")])
 def test_flags_are_checked_by_name(arguments, message, tmp_path):
     if arguments[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -332,6 +357,34 @@ def test_shapenet_is_found_and_a_broken_model_skipped(shapenet, where, found, ca
     assert found == 4 or "broken" in said.split("skipped")[-1] and "not an OBJ file" in said
 
 
+def test_a_model_that_no_camera_sees_is_skipped_every_time(shapenet, capsys):
+    (shapenet / "v1/03261776/line").mkdir()
+    (shapenet / "v1/03261776/line/model.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n")
+    for _ in range(2):
+        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[6:]])
+        assert "1 skipped; " in (said := capsys.readouterr().out) and "no camera sees it" in said
+    assert len(stage.load_photos(shapenet / "out/earphones_train", 32)[-1]) == 4
+
+
+def test_the_synset_is_read_off_its_own_folder(shapenet):
+    (shapenet / "v1/03261776").rename(shapenet / "v1/03001627")
+    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1/03001627"), *TINY[6:]])
+    assert (shapenet / "out/chairs_train").is_dir()
+
+
+def test_nothing_but_broken_models(shapenet):
+    for path in (shapenet / "v1/03261776").glob("*/model.obj"):
+        path.write_text("broken")
+    with pytest.raises(UserError, match="no photos were made"):
+        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[6:]])
+
+
+def test_names_that_are_not_utf_8(shapenet):
+    os.rename(shapenet / "v1/03261776/m0", os.fsencode(shapenet / "v1/03261776") + b"/caf\xe9")
+    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[6:]])
+    assert len(list((shapenet / "out/earphones_train").iterdir())) == 4
+
+
 def test_shapenet_errors(shapenet):
     with pytest.raises(UserError, match="holds no models of synset 03001627"):
         stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v2"), "--synset", "03001627"])
@@ -378,18 +431,44 @@ def test_foreign_photos(one):
     assert (masks == 51).all() and (lighter.float() - (204 + images * 0.2)).abs().max() <= 1
 
 
+def test_an_opaque_alpha_channel_is_no_mask(one):
+    before = stage.load_photos(one, 32)[0]
+    for folder in one.iterdir():
+        shutil.rmtree(folder / "mask")
+        for path in (folder / "rgb").iterdir():
+            Image.open(path).convert("RGBA").save(path)
+    images, masks, *_ = stage.load_photos(one, 32)
+    assert masks is None and torch.equal(images, before)
+
+
+def test_16_bit_greys_keep_their_values(one):
+    for path in one.glob("*/mask/*.png"):
+        grey = np.array(Image.open(path)).astype(np.uint16) * 257
+        Image.fromarray(grey).save(path)
+    assert torch.equal(stage.load_photos(one, 32)[1], stage.load_photos(one, 32)[1]) and 0 < stage.load_photos(one, 32)[1].float().mean() < 100
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(one):
+    (one / "train_00001/pose/000001.txt").unlink()
+    os.mkfifo(one / "train_00001/pose/000001.txt")
+    with pytest.raises(UserError, match="no small text file"):
+        stage.load_photos(one, 32)
+
+
 def spoil(path, content):
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
 
 
-IDENTITY = "1 0 0 {} 0 1 0 0 0 0 1 0 0 0 0 1"
+IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 {} 0 0 0 1"          # looks along +Z: to see the cube it must stand below it
 
 
 @pytest.mark.parametrize("file, content, message", [
     ("pose/000001.txt", "1 2 3", "has 3 numbers"), ("pose/000001.txt", "", "has 0 numbers"), ("pose/000001.txt", "a " * 16, "cannot read"),
-    ("pose/000001.txt", IDENTITY.format("nan"), "not finite"), ("pose/000001.txt", IDENTITY.format("0.2"), "inside the cube"),
-    ("pose/000001.txt", IDENTITY.format("2").replace("1 0 0", "2 0 0", 1), "not a rotation"),
-    ("pose/000001.txt", IDENTITY.format("2").replace("1 0 0", "-1 0 0", 1), "not a rotation"),
+    ("pose/000001.txt", IDENTITY.format("nan"), "not finite"), ("pose/000001.txt", IDENTITY.format("-0.2"), "inside the cube"),
+    ("pose/000001.txt", IDENTITY.format("-2").replace("1 0 0", "2 0 0", 1), "is no camera"),
+    ("pose/000001.txt", IDENTITY.format("-2").replace("1 0 0", "-1 0 0", 1), "is no camera"), ("pose/000001.txt", IDENTITY.format("-2")[:-1] + "3", "is no camera"),
+    ("pose/000001.txt", IDENTITY.format("1e300"), "absurdly large"), ("pose/000001.txt", IDENTITY.format("2"), "looks away.*OpenGL"),
+    ("intrinsics.txt", "32 0 16\n0 32 16\n0 0 1\n32 32", "wanted"), ("intrinsics.txt", "1e300 16 16 0.\n0. 0. 0.\n1.\n32 32", "absurdly large"),
     ("intrinsics.txt", "", "cannot read|wanted"), ("intrinsics.txt", "5 5\n0\n1\n32 32", "wanted"), ("intrinsics.txt", "32 16 16 0.\n0. 0. 0.\n1.\n32 64", "wanted"),
     ("rgb/000001.png", b"\x89PNG", "not a picture"), ("rgb/000001.png", b"", "not a picture"), ("mask/000002.png", b"no", "not a picture"),
     ("rgb/000009.png", b"", "4 photos .* 3 cameras")])
