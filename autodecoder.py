@@ -1,19 +1,19 @@
 """
-Stage 1 of 3: fit the autodecoder.  One learned code e_i per object and one shared decoder G = G2(G1(.)) explain every photo:
+Stage 1 of 3: fit the autodecoder.  One learned code e_i per object and one shared decoder G explain every photo:
 
-    min over e, G    mean_{i,v} | render(G(e_i), camera_v) - photo_{i,v} |^2  +  mask, decay and smoothness terms
+    min over e, G    mean_{i,v} | render(G(e_i), camera_v) - photo_{i,v} |^2  + regularisers
 
-There is no encoder: a code is found by gradient descent on it, for the training objects together with the decoder, for new
-objects (fit_codes) with the decoder frozen.  The decoder is split where stage 2 will diffuse:
+There is no encoder: a code is found by gradient descent on it, for the training objects together with the
+decoder, for new objects (fit_codes) with the decoder frozen.  G is split where stage 2 will diffuse:
 
     code e (128) --G1--> latent volume (16 x 8^3) --G2--> radiance volume (4 x 32^3) --render--> photo
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
-out  runs/autodecoder/           last.pt, log.jsonl, previews/, curve.png, figure1.png
+out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
 run  python autodecoder.py
-     python autodecoder.py --preset smoke                               under a minute: checks the plumbing, not the quality
-     python autodecoder.py --objects 1 --steps 1000 --out runs/one      the paper's first experiment, with its Figure 2
-     python autodecoder.py --fit data/earphones_test --views 2          new objects, from two photos each
+     python autodecoder.py --objects 1 --steps 1000 --out runs/one   the paper's Figure 2
+     python autodecoder.py --fit data/earphones_test --views 2       new objects, from two photos each
+     python autodecoder.py --preset smoke --out runs/smoke           seconds: checks the plumbing, not the quality
 read Config, Autodecoder, draw_batch, reconstruction_loss, fit_codes, main.
 """
 import json
@@ -28,7 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device, remove, save_picture
+from common import (Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device, remove,
+                    save_picture)
 from volume_render import camera_rays, density, occupancy, render
 
 
@@ -44,83 +45,86 @@ class Config:
     code_width: int = 128                # numbers in a code
     latent_resolution: int = 8           # 4 | 8 | 16: voxels along a side of the latent volume
     latent_channels: int = 16            # numbers in a latent voxel
-    channels: str = "64,32,16"           # of G2's levels, from the latent's resolution up, each doubling it
-    children: int = 2                    # 1 | 2: voxels along a side that each of the last level's voxels becomes, without a level
+    channels: str = "64,32"              # of G2's levels, from the latent's resolution up, each doubling it
+    children: int = 2                    # 1 | 2: voxels a side that each voxel of the last level becomes
     blocks: int = 1                      # residual blocks a level
-    attention: bool = False              # self-attention at 8^3, as 3DADM has
+    attention: bool = False              # self-attention at the latent's resolution, as 3DADM has
     coordinates: bool = True             # each block sees where its voxels are ("position concatenation")
-    grid: str = "3d"                     # 3d | 2d: a volume, or three feature planes in its place (wants the mlp head)
-    head: str = "voxel"                  # voxel | mlp: channels are density and colour, or features that a small MLP reads
+    grid: str = "3d"                     # 3d | 2d: a volume, or three feature planes (these want the mlp head)
+    head: str = "voxel"                  # voxel | mlp: density and colour, or features that a small MLP reads
     features: int = 8                    # channels of the volume that the mlp head reads
     mlp_width: int = 32                  # of the mlp head
-    bands: int = 4                       # octaves of the position's sines and cosines that the mlp head sees
+    bands: int = 4                       # octaves of sines and cosines of the position that the mlp head sees
     # rendering
     samples: int = 48                    # bins along a ray
-    transmittance: str = "exclusive"     # exclusive | inclusive: the second is a common slip, here for the lesson alone
-    dense_steps: int = 300               # from then on empty space is skipped: until then shapes may be born anywhere
+    transmittance: str = "exclusive"     # exclusive | inclusive: the second is a common slip, for the lesson
+    dense_steps: int = 200               # then empty space is skipped: until then shapes may be born anywhere
     # training
-    steps: int = 2400                    # gradient steps
-    batch_objects: int = 4               # objects a step
+    steps: int = 3600                    # gradient steps
+    batch_objects: int = 8               # objects a step
     batch_views: int = 30                # photos of each object that a step draws its rays from
-    rays: int = 2048                     # rays a step and object
-    foreground: float = 0.5              # share of the rays drawn from around the object; the others from anywhere
+    rays: int = 1024                     # rays a step and object
+    foreground: float = 0.5              # share of the rays drawn near the object; the others from anywhere
     decoder_lr: float = 4e-3             # Adam's, at its highest
-    code_lr: float = 1e-2                # the codes', which get a gradient only when their object is drawn
+    code_lr: float = 1e-2                # the codes'
     mask_weight: float = 0.1             # of the squared error of the opacity
     code_decay: float = 1e-4             # of the mean square of the codes
     smoothness: float = 0.0              # of the volume's total variation
-    latent_noise: float = 0.0            # added to the latents in training, so that G2 forgives stage 2's errors
-    mixture_penalty: float = 0.0         # of half-transparency in volumes of mixed codes, so that they decode without fog
+    latent_noise: float = 0.0            # added to the latents in training, so that G2 forgives stage 2
+    mixture_penalty: float = 0.0         # of half-transparency where two codes are mixed: decode without fog
     precision: str = "auto"              # auto | bf16 | float32: of the convolutions; auto asks the hardware
     seed: int = 0                        # of the weights, the codes and the batches
     device: str = "auto"                 # auto, cpu or cuda
     # housekeeping
     log_every: int = 20                  # steps between log lines
-    preview_every: int = 400             # steps between previews and held-out PSNR
-    save_every: int = 200                # steps between checkpoints
+    preview_every: int = 500             # steps between previews and held-out PSNR
+    save_every: int = 250                # steps between checkpoints
     fresh: bool = False                  # throw away what is in --out and start over
     # new objects
-    fit: str = ""                        # a folder of unseen objects: fit their codes with the trained decoder, train nothing
-    views: int = 2                       # photos of each that the fit sees; the others measure it; 0: all but 8
+    fit: str = ""                        # a folder of unseen objects: fit their codes, train nothing
+    views: int = 2                       # photos of each that the fit sees; 0: all but 8; others measure it
     fit_objects: int = 24                # how many of the folder's objects; 0: all
     fit_steps: int = 150                 # gradient steps for each batch of codes
-    fit_lr: float = 3e-2                 # Adam's
-    fit_decay: float = 1e-3              # pull towards the training codes' distribution; matters with few views
+    fit_lr: float = 3e-2                 # Adam's, on codes in units of the training codes' deviation
+    fit_decay: float = 1e-3              # pull towards the training codes' mean; matters with few views
 
 
-GPU = dict(size=128, channels="128,64,48,32", rays=4096, batch_objects=8, samples=96, steps=12000, dense_steps=1000, code_width=256,
-           preview_every=2000, save_every=1000)
+GPU = dict(size=128, channels="128,64,32", rays=4096, batch_objects=8, samples=96, steps=12000,
+           dense_steps=1000, code_width=256, preview_every=2000, save_every=1000)
 PRESETS = {
     "cpu": {},
     "gpu": GPU,
-    "smoke": dict(size=32, objects=4, steps=40, channels="16,16", code_width=16, rays=256, batch_objects=2, samples=24, dense_steps=20,
-                  preview_every=20, save_every=20, log_every=5, fit_steps=5, fit_objects=2),
-    # The notebook's choices that a knob can express; its white-noise "latents" and 90-degree camera cannot be
-    "seed": dict(transmittance="inclusive", latent_resolution=4, channels="32,16,16,16", code_width=128, head="mlp", mask_weight=0.0,
-                 foreground=0.0, batch_objects=1, batch_views=1, code_decay=0.0),
-    "3dadm": GPU | dict(code_width=1024, latent_channels=256, channels="256,128,64,32", blocks=4, attention=True, samples=128,
-                        batch_views=4, decoder_lr=5e-4, code_lr=5e-4),
+    "smoke": dict(size=32, objects=4, steps=40, channels="16", code_width=16, rays=256, batch_objects=2,
+                  samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5, fit_steps=5,
+                  fit_objects=2),
+    # What knobs can express of the paper's notebook; not its cropped 90-degree camera, nor its dead ReLU
+    "seed": dict(transmittance="inclusive", latent_resolution=4, channels="32,16,16,16", children=1,
+                 head="mlp", mask_weight=0.0, foreground=0.0, batch_objects=1, batch_views=1, code_decay=0.0),
+    "3dadm": GPU | dict(code_width=1024, latent_channels=256, channels="256,128,64,32", children=1,
+                        blocks=4, attention=True, samples=128, batch_views=4, decoder_lr=5e-4, code_lr=5e-4),
 }
-FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "fit", "views", "fit_objects", "fit_steps", "fit_lr", "fit_decay")
+FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "fit", "views", "fit_objects",
+        "fit_steps", "fit_lr", "fit_decay")
 RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
-GAIN = 10.0                        # density = softplus(GAIN * channel): steep, so that a surface fits between two voxels
-BORN = -0.2                        # the density channel's first value: thin fog everywhere, which every seed can shape
+GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
+BORN = -0.2                        # the density channel at first: thin fog everywhere, which any seed can shape
 
 
-# ----------------------------------------------------------------------------------------------------------- decoder
+# ------------------------------------------------------------------------------------------------- decoder
 
 class Block(nn.Module):
     """Two 3^n convolutions, each after a norm and a nonlinearity, around a skip.
 
-    With "position concatenation" the first also sees where each voxel is.  The convolution of a concatenation is the sum of
-    two convolutions: the coordinates', the same for all objects, is done once and added."""
+    With "position concatenation" the first also sees where each voxel is.  The convolution of a concatenation
+    is the sum of two convolutions: the coordinates', the same for all objects, is done once and added."""
 
     def __init__(self, inner, outer, Conv, with_coordinates=True):
         super().__init__()
         # One group: on a CPU, with channels last, eight groups make the norm's gradient 20 times slower
         self.norm1, self.norm2 = nn.GroupNorm(1, inner), nn.GroupNorm(1, outer)
         self.conv1, self.conv2 = Conv(inner, outer, 3, padding=1), Conv(outer, outer, 3, padding=1)
-        self.where = Conv(3 if Conv is nn.Conv3d else 2, outer, 3, padding=1, bias=False) if with_coordinates else None
+        axes = 3 if Conv is nn.Conv3d else 2
+        self.where = Conv(axes, outer, 3, padding=1, bias=False) if with_coordinates else None
         self.skip = Conv(inner, outer, 1) if inner != outer else nn.Identity()
 
     def forward(self, x):
@@ -135,87 +139,98 @@ def coordinates(x):
     return packed(torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1])[None])
 
 
-class Attention(nn.Module):
-    """Every voxel asks every other: 3DADM's, at 8^3, where there are 512 of them."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(1, width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)                                             # begins as the identity
-
-    def forward(self, x):
-        B, C = x.shape[:2]
-        q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).view(B, -1, 3, 4, C // 4).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, -1, C)
-        return x + self.out(h).transpose(1, 2).reshape(x.shape)
-
-
 def packed(x):
     """Channels last in memory: halves the time of 3D convolutions on a CPU."""
     return x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
 
 
-class Autodecoder(nn.Module):
-    """codes (N,code_width);  to_latent = G1: code -> latent;  to_volume = G2: latent -> volume;  field: what a sample sees.
+def resize(x, size):
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * (x.dim() - 2), mode=mode)
 
-    In the 2d mode the latent is three planes (B,3,C,r,r), decoded by 2D convolutions and spread into a volume as the sum
-    V(x,y,z) = xy(x,y) + xz(x,z) + yz(y,z): trilinear lookup in that sum *is* bilinear lookup in the planes, so that one
-    renderer serves both."""
+
+def unfold_children(x, width):
+    """(B,8C,n,n,n) -> (B,C,2n,2n,2n): eight channels become the halves of each axis; in 2D, four"""
+    B, _, *n = x.shape
+    axes = len(n)
+    x = x.view(B, width, *[2] * axes, *n)
+    order = [d for a in range(axes) for d in (2 + axes + a, 2 + a)]                # n, 2, n, 2, n, 2
+    return x.permute(0, 1, *order).reshape(B, width, *[2 * k for k in n])
+
+
+class Attention(nn.Module):
+    """Every voxel asks every other: 3DADM's, at 8^3, where there are 512 of them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.qkv = nn.GroupNorm(1, width), nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)                                            # begins as the identity
+
+    def forward(self, x):
+        B, C = x.shape[:2]
+        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))                    # (B,DHW,3C)
+        q, k, v = qkv.view(B, -1, 3, 4, C // 4).permute(2, 0, 3, 1, 4)             # (B,4,DHW,C/4) each
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, -1, C)
+        return x + self.out(h).transpose(1, 2).reshape(x.shape)
+
+
+class Autodecoder(nn.Module):
+    """codes (N,code_width);  to_latent = G1: code -> latent;  to_volume = G2: latent -> volume;  field: what a
+    sample sees.
+
+    In the 2d mode the latent is three planes (B,3,C,r,r), decoded by 2D convolutions and spread into a volume
+    as the sum V(x,y,z) = xy(x,y) + xz(x,z) + yz(y,z): trilinear lookup in that sum *is* bilinear lookup in the
+    planes, so that one renderer serves both."""
 
     def __init__(self, config, objects):
         super().__init__()
-        self.config = config
-        planes = config.grid == "2d"
-        Conv, dims = (nn.Conv2d, 2) if planes else (nn.Conv3d, 3)
+        self.config, self.planes = config, config.grid == "2d"
+        Conv, dims = (nn.Conv2d, 2) if self.planes else (nn.Conv3d, 3)
         widths = [int(width) for width in config.channels.split(",")]
-        self.start = 4 if config.latent == "code" else config.latent_resolution    # where G1 begins
-        first, copies = widths[0], 3 if planes else 1
-        block = lambda a, b: Block(a, b, Conv, config.coordinates)
-        # G1
-        if config.latent == "code":
-            self.codes = nn.Parameter(0.1 * torch.randn(objects, config.code_width))
-            self.spread = nn.Linear(config.code_width, copies * first * self.start ** dims)
-        else:
-            self.codes = nn.Parameter(0.1 * torch.randn(objects, copies * 8 * self.start ** dims))
-            self.spread = Conv(8, first, 1)
-        self.g1 = nn.Sequential(block(first, first), Conv(first, config.latent_channels, 1))
-        # G2
+        first, copies = widths[0], 3 if self.planes else 1
+        block = lambda width: Block(width, width, Conv, config.coordinates)
+        # G1: a code is spread over 4^3 voxels; a latent grid begins at its own resolution
+        self.start = (4 if config.latent == "code" else config.latent_resolution,) * dims
+        numbers = config.code_width if config.latent == "code" else copies * 8 * self.start[0] ** dims
+        self.codes = nn.Parameter(0.1 * torch.randn(objects, numbers))
+        self.spread = (nn.Linear(numbers, copies * first * self.start[0] ** dims) if config.latent == "code"
+                       else Conv(8, first, 1))
+        self.g1 = nn.Sequential(block(first), Conv(first, config.latent_channels, 1))
+        # G2: each level but the first narrows before it doubles the resolution: the finest costs the most
         self.enter = Conv(config.latent_channels, first, 3, padding=1)
-        # Each level but the first narrows its channels before it doubles the resolution: the finest costs the most
+        level = lambda width: nn.Sequential(*[block(width) for _ in range(config.blocks)])
+        self.levels = nn.ModuleList([level(width) for width in widths])
         self.narrow = nn.ModuleList([Conv(a, b, 1) for a, b in zip(widths, widths[1:])])
-        self.levels = nn.ModuleList([nn.Sequential(*[block(b, b) for _ in range(config.blocks)]) for b in widths])
         if config.attention:
             self.levels[0].append(Attention(first))
-        self.width = config.features if config.head == "mlp" else 4                # of the volume
-        self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(), Conv(widths[-1], self.width * config.children ** dims, 3, padding=1))
+        # The volume: density and three colours, or the features that the MLP reads with the position
+        self.width = config.features if config.head == "mlp" else 4
+        self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(),
+                                   Conv(widths[-1], self.width * config.children ** dims, 3, padding=1))
         if config.head == "mlp":
-            seen = config.features + 3 + 6 * config.bands
-            self.mlp = nn.Sequential(nn.Linear(seen, config.mlp_width), nn.SiLU(), nn.Linear(config.mlp_width, config.mlp_width),
-                                     nn.SiLU(), nn.Linear(config.mlp_width, 4))
+            seen, w = config.features + 3 + 6 * config.bands, config.mlp_width
+            self.mlp = nn.Sequential(nn.Linear(seen, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU(),
+                                     nn.Linear(w, 4))
         with torch.no_grad():
-            born = self.mlp[-1].bias[:1] if config.head == "mlp" else self.leave[-1].bias.view(self.width, -1)[0]
+            born = self.mlp[-1].bias[:1] if config.head == "mlp" else self.leave[-1].bias.view(4, -1)[0]
             born.fill_(BORN)
 
     def to_latent(self, codes):
         """(B,code_width) -> (B,C,r,r,r), or (B,3,C,r,r) for planes"""
-        planes, n = self.config.grid == "2d", self.start
-        shape = (n, n) if planes else (n, n, n)
-        x = self.spread(codes if self.config.latent == "code" else codes.view(-1, 8, *shape))
-        x = self.g1(packed(resize(x.reshape(-1, self.g1[0].norm1.num_channels, *shape), self.config.latent_resolution)))
-        return x.view(-1, 3, *x.shape[1:]) if planes else x
+        x = self.spread(codes if self.config.latent == "code" else codes.view(-1, 8, *self.start))
+        x = x.reshape(-1, self.enter.out_channels, *self.start)
+        x = self.g1(packed(resize(x, self.config.latent_resolution)))
+        return x.view(-1, 3, *x.shape[1:]) if self.planes else x
 
     def to_volume(self, latent):
         """-> (B,C,D,H,W) before activation"""
-        planes = self.config.grid == "2d"
-        x = self.enter(packed(latent.flatten(0, 1) if planes else latent))
+        x = self.enter(packed(latent.flatten(0, 1) if self.planes else latent))
         for k, level in enumerate(self.levels):
             x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
         x = self.leave(x)
-        if self.config.children == 2:                # (B,8C,n,n,n) -> (B,C,2n,2n,2n): channels become the halves of each axis
-            n, axes = x.shape[2:], x.dim() - 2
-            x = x.view(len(x), self.width, *[2] * axes, *n)
-            x = x.permute(0, 1, *[d for a in range(axes) for d in (2 + axes + a, 2 + a)]).reshape(len(x), self.width, *[2 * k for k in n])
-        if planes:
+        x = unfold_children(x, self.width) if self.config.children == 2 else x
+        if self.planes:
             xy, xz, yz = x.view(-1, 3, *x.shape[1:]).unbind(1)
             x = xy[:, :, None] + xz[:, :, :, None] + yz[..., None]
         return x.float()
@@ -223,23 +238,22 @@ class Autodecoder(nn.Module):
     def field(self, channels, position):
         """What was looked up (...,C), and where (...,3) -> density (...), colour (...,3)"""
         if self.config.head == "mlp":
-            angle = (position[..., None] * math.pi * 2.0 ** torch.arange(self.config.bands, device=position.device)).flatten(-2)
+            octaves = math.pi * 2.0 ** torch.arange(self.config.bands, device=position.device)
+            angle = (position[..., None] * octaves).flatten(-2)
             channels = self.mlp(torch.cat([channels, position, angle.sin(), angle.cos()], -1))
         return F.softplus(GAIN * channels[..., 0]), torch.sigmoid(channels[..., 1:4])
 
 
-def resize(x, size):
-    return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * (x.dim() - 2), mode="bilinear" if x.dim() == 4 else "trilinear")
-
-
 def fast_precision(config, device):
     """The autocast that the decoder's convolutions run under: bf16 where the hardware has it."""
-    known = torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16" or (config.precision == "auto" and known))
+    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    known = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu()
+    enabled = config.precision == "bf16" or config.precision == "auto" and known
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def load_autodecoder(folder, device="cpu"):
-    """The trained model of a run, built from the config it was trained with -> model in eval mode, its objects' names"""
+    """The trained model of a run, built from the config it was trained with -> model in eval mode, names"""
     file = Path(folder) / "last.pt"
     if not file.exists():
         raise UserError(f"this needs stage 1's model, and {file} is not there. Run: python autodecoder.py")
@@ -249,20 +263,22 @@ def load_autodecoder(folder, device="cpu"):
     return model.to(device).eval().requires_grad_(False), state["names"]
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------- data
 
 class Photos:
     """All photos of a folder, in memory as bytes; and for each, which pixels are on or near the object."""
 
     def __init__(self, folder, size, objects=0):
-        self.rgb, self.mask, self.pose, self.intrinsics, self.names = render_shapenet.load_photos(folder, size)
-        self.folder, self.size, count = Path(folder), size, objects or len(self.names)
-        self.rgb, self.pose, self.intrinsics, self.names = self.rgb[:count], self.pose[:count], self.intrinsics[:count], self.names[:count]
-        self.has_masks = self.mask is not None
-        self.mask = self.mask[:count] if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
-        near = F.max_pool2d(self.mask.flatten(0, 1)[:, None].float(), 5, 1, 2)[:, 0].view(*self.mask.shape[:2], -1) > 0   # (B,V,HW)
-        self.near = near.flatten().nonzero()[:, 0] % size ** 2                      # pixels, photo after photo
-        self.near_count = near.sum(-1)                                              # (B,V)
+        rgb, mask, pose, intrinsics, names = render_shapenet.load_photos(folder, size)
+        self.folder, self.size, count = Path(folder), size, objects or len(names)
+        self.rgb, self.pose = rgb[:count], pose[:count]
+        self.intrinsics, self.names = intrinsics[:count], names[:count]
+        self.has_masks = mask is not None
+        self.mask = mask[:count] if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
+        flat = self.mask.flatten(0, 1)[:, None].float()                            # (BV,1,H,W)
+        near = F.max_pool2d(flat, 5, 1, 2).view(*self.mask.shape[:2], -1) > 0      # (B,V,HW)
+        self.near = near.flatten().nonzero()[:, 0] % size ** 2                     # pixels, photo after photo
+        self.near_count = near.sum(-1)                                             # (B,V)
         self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
 
     def kinds(self):
@@ -272,37 +288,41 @@ class Photos:
 
 
 def draw_batch(photos, config, views, generator, objects=None):
-    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Half of the rays are drawn
-    where the object is: most of a photo is white, and soon has nothing left to teach."""
+    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Half of the
+    rays are drawn where the object is: most of a photo is white, and soon has nothing left to teach."""
     if objects is None:
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
-    B, R, n = len(objects), config.rays, photos.size
-    seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]        # (B,V)
-    view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]         # (B,R)
-    u, o = torch.rand(B, R, generator=generator, dtype=torch.float64), objects[:, None]
+    B, R, n, o = len(objects), config.rays, photos.size, objects[:, None]
+    seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]            # (B,V)
+    view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]             # (B,R)
+    u = torch.rand(B, R, generator=generator, dtype=torch.float64)
     near = photos.near_start[o, view] + (u * photos.near_count[o, view]).long()
-    anywhere = torch.arange(R) >= int(config.foreground * R)
-    pixel = torch.where(anywhere | (photos.near_count[o, view] == 0), (u * n * n).long(), photos.near[near.clamp(max=len(photos.near) - 1)])
+    near = photos.near[near.clamp(max=len(photos.near) - 1)]
+    anywhere = (torch.arange(R) >= int(config.foreground * R)) | (photos.near_count[o, view] == 0)
+    pixel = torch.where(anywhere, (u * n * n).long(), near)
     origins, directions = rays_through(photos, o, view, pixel)
     y, x = pixel // n, pixel % n
-    return objects, origins, directions, photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
+    rgb, mask = photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
+    return objects, origins, directions, rgb, mask
 
 
 def rays_through(photos, o, view, pixel):
     """camera_rays() for single pixels, each of its own photo."""
-    pose, K = photos.pose[o, view], photos.intrinsics[o]                            # (B,R,4,4), (B,1,3,3)
+    pose, K = photos.pose[o, view], photos.intrinsics[o]                           # (B,R,4,4), (B,1,3,3)
     x, y = pixel % photos.size + 0.5, pixel // photos.size + 0.5
-    d = torch.stack([(x - K[..., 0, 2]) / K[..., 0, 0], (y - K[..., 1, 2]) / K[..., 1, 1], torch.ones_like(x)], -1)
-    return pose[..., :3, 3], (pose[..., :3, :3] @ d[..., None])[..., 0]             # (B,R,3)
+    x, y = (x - K[..., 0, 2]) / K[..., 0, 0], (y - K[..., 1, 2]) / K[..., 1, 1]
+    directions = pose[..., :3, :3] @ torch.stack([x, y, torch.ones_like(x)], -1)[..., None]
+    return pose[..., :3, 3], directions[..., 0]                                    # (B,R,3)
 
 
-# -------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------------- loss
 
 def reconstruction_loss(model, volume, batch, config, generator, skip_empty, has_masks=True):
-    """-> loss, and what to log: the error of colour as PSNR, the mean opacity (0 or 1 is a collapse)"""
+    """-> loss; and to log, the error of colour and the mean opacity (0 or 1 is a collapse)"""
     origins, directions, target, opacity = batch
     occupied = occupancy(volume, model.field) if skip_empty else None
-    rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, generator, occupied, transmittance=config.transmittance)
+    rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, generator, occupied,
+                           transmittance=config.transmittance)
     photo = (rgb - target).square().mean()
     mask = (alpha - opacity).square().mean() if has_masks else torch.zeros((), device=photo.device)
     return photo + config.mask_weight * mask, photo, alpha.mean()
@@ -313,82 +333,46 @@ def total_variation(volume):
 
 
 def fog(model, generator, count):
-    """How half-transparent the volumes of random mixtures of two codes are: 0 where every voxel is empty or solid."""
+    """How half-transparent the volumes of random mixtures of two codes are: 0 where all is empty or solid."""
     pairs = torch.randint(len(model.codes), (count, 2), generator=generator)
     weight = torch.rand(count, 1, generator=generator).to(model.codes.device)
-    volume = model.to_volume(model.to_latent(weight * model.codes[pairs[:, 0]] + (1 - weight) * model.codes[pairs[:, 1]]))
-    alpha = 1 - torch.exp(-density(volume, model.field) / volume.shape[-1])         # of one voxel
+    mixed = weight * model.codes[pairs[:, 0]] + (1 - weight) * model.codes[pairs[:, 1]]
+    alpha = voxel_opacity(model, model.to_volume(model.to_latent(mixed)))
     return (alpha * (1 - alpha)).mean()
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def render_view(model, volume, pose, K, size, samples):
-    """volume (1,C,...), one camera -> rgb (H,W,3), alpha (H,W), depth (H,W)"""
-    origins, directions = camera_rays(pose[None], K[None], size)
-    rgb, alpha, depth = render(volume, origins, directions, samples, model.field, occupied=occupancy(volume, model.field),
-                               transmittance=model.config.transmittance)
-    return rgb.view(size, size, 3), alpha.view(size, size), depth.view(size, size)
+def voxel_opacity(model, volume):
+    """(B,C,D,H,W) -> (B,D,H,W): what a ray straight through each voxel loses in it"""
+    return 1 - torch.exp(-density(volume, model.field) / volume.shape[-1])
 
 
-def psnr(picture, truth, mask=None):
-    """dB; over the pixels of a mask alone, if there is one.  For many pictures, average these, not their errors."""
-    error = (picture - truth).square().mean(-1)
-    error = error[mask] if mask is not None else error
-    return -10 * math.log10(max(error.mean().item(), 1e-10))
+def on_device(generator, device):
+    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
 
-@torch.no_grad()
-def measure(model, codes, photos, objects, views, device, baselines=()):
-    """These views of these objects, whose codes are given -> rows (object, view, PSNR, PSNR of the foreground, and these two
-    for each baseline picture)"""
-    rows, cast = [], fast_precision(model.config, device)
-    for o, code in zip(objects, codes):
-        with cast():
-            volume = model.to_volume(model.to_latent(code[None]))
-        for v in views:
-            truth, mask = photos.rgb[o, v].float().to(device) / 255, (photos.mask[o, v] > 127).to(device)
-            pictures = [render_view(model, volume, photos.pose[o, v].to(device), photos.intrinsics[o].to(device), photos.size,
-                                    2 * model.config.samples)[0], *baselines]
-            rows.append((o, v, *[value for picture in pictures for value in
-                                 (psnr(picture, truth), psnr(picture, truth, mask) if mask.any() else math.nan)]))
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def table(rows, kinds):
-    """The closing table: mean PSNR by kind of object, ours beside an all-white picture and the mean training photo."""
-    lines = [f"{'held-out views':<16} {'objects':>7}   {'ours':>14}   {'all white':>14}   {'mean image':>14}     dB, full image / foreground"]
-    for kind in [*sorted(set(kinds)), "all"]:
-        chosen = torch.tensor([kind in (kinds[int(o)], "all") for o in rows[:, 0]])
-        mean = rows[chosen][:, 2:].nanmean(0)
-        lines.append(f"{kind:<16} {len(rows[chosen][:, 0].unique()):>7}   " + "   ".join(f"{mean[k]:6.2f} / {mean[k + 1]:5.2f}" for k in (0, 2, 4)))
-    return "\n".join(lines)
-
-
-def baseline_pictures(photos, views, device):
-    mean = photos.rgb[:, views].float().mean((0, 1)).to(device) / 255
-    return [torch.ones_like(mean), mean]
-
+# ----------------------------------------------------------------------------------------------- new objects
 
 def fit_codes(model, photos, views, config, device):
-    """Test-time auto-decoding: codes of unseen objects from the photos `views` (a tensor of indices) of each, the decoder frozen.
+    """Test-time auto-decoding: codes of unseen objects from the photos `views` (indices) of each, the decoder
+    frozen.
 
-    Started at the mean of the training codes: from a random start it often ends elsewhere.  The pull back towards the
-    training codes' own distribution decides what one photo does not show."""
+    Started at the mean of the training codes: from a random start it often ends elsewhere.  The pull back
+    towards the training codes' own distribution decides what one photo does not show."""
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
-    fitted, cast, recipe = [], fast_precision(model.config, device), replace(model.config, rays=config.rays, batch_views=len(views))
-    for first in range(0, len(photos.names), 8):
-        objects = torch.arange(first, min(first + 8, len(photos.names)))
-        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)                  # code = mean + deviation z
+    recipe = replace(model.config, rays=config.rays, batch_views=len(views))
+    fitted, cast = [], fast_precision(model.config, device)
+    for objects in torch.arange(len(photos.names)).split(8):
+        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)     # code = mean + deviation z
         optimizer = torch.optim.Adam([z], config.fit_lr)
         for step in range(config.fit_steps):
-            optimizer.param_groups[0]["lr"] = config.fit_lr * (1 + math.cos(math.pi * step / config.fit_steps)) / 2
+            share = (1 + math.cos(math.pi * step / config.fit_steps)) / 2
+            optimizer.param_groups[0]["lr"] = config.fit_lr * share
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            _, *batch = draw_batch(photos, recipe, views, generator, objects)
+            batch = [t.to(device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
             with cast():
                 volume = model.to_volume(model.to_latent(mean + deviation * z))
-            loss, *_ = reconstruction_loss(model, volume, [t.to(device) for t in batch], recipe, on_device(generator, device), True, photos.has_masks)
+            loss, *_ = reconstruction_loss(model, volume, batch, recipe, on_device(generator, device), True,
+                                           photos.has_masks)
             loss = loss + config.fit_decay * z.square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -397,45 +381,116 @@ def fit_codes(model, photos, views, config, device):
     return torch.cat(fitted)
 
 
-def on_device(generator, device):
-    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
+# ------------------------------------------------------------------------------------------------- measuring
+
+@torch.no_grad()
+def decode(model, code, device):
+    """One code -> its volume (1,C,D,H,W)"""
+    with fast_precision(model.config, device)():
+        return model.to_volume(model.to_latent(code[None]))
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+@torch.no_grad()
+def render_view(model, volume, pose, K, size):
+    """volume (1,C,D,H,W), one camera -> rgb (H,W,3), alpha (H,W), depth (H,W)"""
+    origins, directions = camera_rays(pose[None].to(volume.device), K[None].to(volume.device), size)
+    rgb, alpha, depth = render(volume, origins, directions, 2 * model.config.samples, model.field,
+                               occupied=occupancy(volume, model.field), transmittance=model.config.transmittance)
+    return rgb.view(size, size, 3), alpha.view(size, size), depth.view(size, size)
+
+
+def psnr(picture, truth, mask=None):
+    """dB; over the pixels of a mask alone, if there is one.  Of many pictures average these, not the errors."""
+    error = (picture - truth).square().mean(-1)
+    error = error[mask] if mask is not None else error
+    return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
+
+
+def largest_piece(solid):
+    """(D,H,W) bool -> the share of the True voxels that hang together (in 26 directions) in the largest piece"""
+    label = torch.arange(1, solid.numel() + 1, device=solid.device, dtype=torch.float64).view_as(solid) * solid
+    while True:                                                                    # the highest label spreads
+        spread = F.max_pool3d(label[None], 3, 1, 1)[0] * solid
+        if torch.equal(spread, label):
+            break
+        label = spread
+    return (label[solid].unique(return_counts=True)[1].max() / solid.sum()).item() if solid.any() else math.nan
+
+
+MEASURES = ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg", "fog", "piece")
+
+
+def measure(model, codes, photos, objects, views, device, mean_photo):
+    """These views of these objects, whose codes are given -> a dict a view: PSNR of ours, of a white picture
+    and of the mean photo, each full and foreground; opacity beyond 2 px of the silhouette; largest piece."""
+    rows = []
+    for o, code in zip(objects, codes):
+        volume = decode(model, code, device)
+        piece = largest_piece(voxel_opacity(model, volume)[0] > 0.5)
+        for v in views:
+            truth, mask = photos.rgb[o, v].float() / 255, photos.mask[o, v] > 127
+            view = render_view(model, volume, photos.pose[o, v], photos.intrinsics[o], photos.size)
+            rgb, alpha, _ = (t.cpu() for t in view)
+            pictures = (rgb, torch.ones_like(rgb), mean_photo)
+            beyond = F.max_pool2d((photos.mask[o, v] > 0).float()[None, None], 5, 1, 2)[0, 0] == 0
+            numbers = [psnr(p, truth, m) for p in pictures for m in (None, mask)]
+            rows.append({"object": o, **dict(zip(MEASURES, [*numbers, alpha[beyond].mean().item(), piece]))})
+    return rows
+
+
+def mean_of(rows, key):
+    values = [row[key] for row in rows if not math.isnan(row[key])]
+    return sum(values) / max(len(values), 1)
+
+
+def table(rows, kinds):
+    """The closing table: means by kind of object, ours beside a white picture and the mean training photo."""
+    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   {'mean photo':>13}   "
+             f"{'opacity beyond 2 px':>19}   {'largest piece':>13}"]
+    for kind in [*sorted(set(kinds)), "all"]:
+        chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
+        m = {key: mean_of(chosen, key) for key in MEASURES}
+        count = len({row["object"] for row in chosen})
+        pairs = "   ".join(f"{m[key]:5.2f} / {m[key + '_fg']:5.2f}" for key in ("ours", "white", "mean"))
+        lines.append(f"{kind:<16} {count:>3} objects   {pairs}   {m['fog']:>19.4f}   {m['piece']:>13.3f}")
+    return "\n".join(lines)
+
+
+def mean_photo(photos, views):
+    return photos.rgb[:, views].float().mean((0, 1)) / 255
+
+
+# -------------------------------------------------------------------------------------------------- pictures
 
 def depth_picture(depth, alpha):
     """Near is light; what is mostly transparent is white."""
     seen = alpha > 0.5
     near, far = (depth[seen].min(), depth[seen].max()) if seen.any() else (0.0, 1.0)
-    return torch.where(seen, 0.85 - 0.7 * (depth - near) / (far - near + 1e-6), 1.0)[..., None].expand(-1, -1, 3)
+    grey = torch.where(seen, 0.85 - 0.7 * (depth - near) / (far - near + 1e-6), 1.0)
+    return grey[..., None].expand(-1, -1, 3)
 
 
 def preview(model, codes, photos, objects, view, device):
-    """Truth, ours and our depth, of one view of these objects, whose codes are given -> one picture"""
+    """(3,B,H,W,3) uint8: truth, ours and our depth, of one view of these objects, whose codes are given"""
     columns = []
     for o, code in zip(objects, codes):
-        with fast_precision(model.config, device)(), torch.no_grad():
-            volume = model.to_volume(model.to_latent(code[None]))
-        rgb, alpha, depth = render_view(model, volume, photos.pose[o, view].to(device), photos.intrinsics[o].to(device), photos.size, 2 * model.config.samples)
-        columns.append(torch.stack([photos.rgb[o, view].float() / 255, rgb.cpu().clamp(0, 1), depth_picture(depth.cpu(), alpha.cpu())]))
-    pictures = (torch.stack(columns, 1).flatten(0, 1) * 255).round().byte()
-    return np.kron(grid(pictures, len(objects)), np.ones((2, 2, 1), np.uint8))              # twice as large, to look at
+        volume = decode(model, code, device)
+        rgb, alpha, depth = (t.cpu() for t in render_view(model, volume, photos.pose[o, view],
+                                                          photos.intrinsics[o], photos.size))
+        columns.append(torch.stack([photos.rgb[o, view] / 255, rgb, depth_picture(depth, alpha)]))
+    return (torch.stack(columns, 1).clamp(0, 1) * 255).round().byte()
 
 
-def plot_log(run):
+def save_preview(path, rows):
+    """Twice as large, to look at."""
+    save_picture(path, np.kron(grid(rows.flatten(0, 1), rows.shape[1]), np.ones((2, 2, 1), np.uint8)))
+
+
+def new_figure(*arguments, **options):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in open(run.folder / "log.jsonl")]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(*zip(*[(row["step"], row["psnr"]) for row in rows if "psnr" in row]), lw=0.7, color="0.6", label="training rays")
-    for key, label in (("heldout", "held-out views"), ("heldout_foreground", "held-out views, foreground")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points), "o-", ms=3, label=label)
-    axes.set(xlabel="step", ylabel="PSNR (dB)")
-    axes.legend()
-    save_figure(figure, run.folder / "curve.png")
+    return plt.subplots(*arguments, layout="constrained", **options)
 
 
 def save_figure(figure, path):
@@ -443,32 +498,41 @@ def save_figure(figure, path):
     save_picture(path, np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
+def plot_log(run):
+    """log.jsonl -> curve.png"""
+    rows = [json.loads(line) for line in open(run.folder / "log.jsonl")]
+    figure, axes = new_figure(figsize=(6, 3.5))
+    for key, label, style in (("psnr", "training rays", "y-"), ("heldout", "held-out views", "C0o-"),
+                              ("heldout_foreground", "held-out views, foreground", "C1o-")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
+    axes.set(xlabel="step", ylabel="PSNR (dB)")
+    axes.legend()
+    save_figure(figure, run.folder / "curve.png")
+
+
+@torch.no_grad()
 def figure1(model, photos, path, device, o=0):
-    """The pipeline, from real tensors: a code, slices of its latent and of its radiance volume, a held-out view, the photo."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with torch.no_grad():
-        code = model.codes[o:o + 1]
-        latent = model.to_latent(code)
-        volume = model.to_volume(latent)
-    rgb, alpha, depth = render_view(model, volume, photos.pose[o, -1].to(device), photos.intrinsics[o].to(device), photos.size, 2 * model.config.samples)
-    side = math.ceil(code.shape[1] ** 0.5)
-    square = F.pad(code[0], (0, side * side - code.shape[1])).view(side, side)
-    slices = lambda v, n: torch.cat([s for s in v.flip(-2)[torch.linspace(0, len(v) - 1, n).long()]], -1)
-    solid = density(volume, model.field)[0]
-    figure, axes = plt.subplots(1, 6, figsize=(13, 2.6), layout="constrained", width_ratios=[1, 1, 1, 1, 1, 1])
-    panels = [("code e", square, "RdBu"), ("latent volume G1(e)\none channel, middle slice", latent.flatten(0, -4)[0][latent.shape[-1] // 2].flip(0), "RdBu"),
-              ("radiance volume G2\ndensity, seen from the front", solid.amax(1).flip(0), "Greys"), ("rendered", rgb.clamp(0, 1), None),
-              ("depth", depth_picture(depth, alpha), None), ("photo (held out)", photos.rgb[o, -1], None)]
+    """The pipeline, from real tensors: code, latent, volume, a held-out view, its depth, the photo."""
+    code = model.codes[o]
+    latent, volume = model.to_latent(code[None]), decode(model, code, device)
+    rgb, alpha, depth = render_view(model, volume, photos.pose[o, -1], photos.intrinsics[o], photos.size)
+    side = math.ceil(len(code) ** 0.5)
+    square = F.pad(code, (0, side * side - len(code))).view(side, side)
+    middle = latent[0, 0, 0] if model.planes else latent[0, 0, latent.shape[2] // 2]
+    panels = [("code e", square, "RdBu"), ("latent G1(e)\none channel, one slice", middle.flip(0), "RdBu"),
+              ("volume G2(G1(e))\ndensest along y", voxel_opacity(model, volume)[0].amax(1).flip(0), "Greys"),
+              ("rendered", rgb.clamp(0, 1), None), ("its depth", depth_picture(depth, alpha), None),
+              ("photo, held out", photos.rgb[o, -1].float() / 255, None)]
+    figure, axes = new_figure(1, len(panels), figsize=(13, 2.6))
     for axis, (title, picture, colours) in zip(axes, panels):
-        axis.imshow(picture.detach().float().cpu() / (255 if picture.dtype == torch.uint8 else 1), cmap=colours)
+        axis.imshow(picture.cpu().numpy(), cmap=colours)
         axis.set_title(title, fontsize=9)
         axis.axis("off")
     save_figure(figure, path)
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------ main
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
@@ -479,49 +543,53 @@ def main(argv=None):
         print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
         render_shapenet.main([])
     photos = Photos(config.data, config.size, config.objects)
-    if not 1 <= config.holdout_views < photos.rgb.shape[1]:
-        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {photos.rgb.shape[1]} photos of each object, of which at least "
-                        "one is to be held out to measure by, and one to train on")
-    views = torch.arange(photos.rgb.shape[1])
-    train_views, test_views = views[:len(views) - config.holdout_views], views[len(views) - config.holdout_views:]
+    count = photos.rgb.shape[1]
+    if not 1 <= config.holdout_views < count:
+        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each object, "
+                        "of which at least one is to be held out to measure by, and one to train on")
+    train_views, test_views = torch.arange(count).split([count - config.holdout_views, config.holdout_views])
     if config.fresh:
-        remove(*(Path(config.out, name) for name in ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")))
+        ours = ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")
+        remove(*(Path(config.out, name) for name in ours))
     run = Run(config.out, config, RECIPE)
 
     torch.manual_seed(config.seed)
     model = Autodecoder(config, len(photos.names)).to(device)
     decoder = [p for name, p in model.named_parameters() if name != "codes"]
-    optimizer = torch.optim.Adam([{"params": decoder}, {"params": [model.codes]}], lr=config.decoder_lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([{"params": decoder}, {"params": [model.codes]}], betas=(0.9, 0.99))
     state, step = run.load(), 0
     if state:
         if state["names"] != photos.names:
-            raise UserError(f"{config.out} was trained on other objects than those in {config.data}: use another --out, or --fresh")
+            raise UserError(f"{config.out} was trained on other objects than those in {config.data}: use "
+                            "another --out, or --fresh")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         print(f"going on from step {step} of {config.out}/last.pt")
-    decoder_size = sum(p.numel() for p in decoder)
-    print(f"{len(photos.names)} objects, {len(train_views)} views each to train and {len(test_views)} held out; decoder of {decoder_size / 1e6:.2f} M parameters")
-    cast, chosen = fast_precision(config, device), torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long()
-    save = lambda: run.save({"config": asdict(config), "names": photos.names, "step": step, "model": model.state_dict(),
-                             "optimizer": optimizer.state_dict()})
+    size = sum(p.numel() for p in decoder) / 1e6
+    print(f"{len(photos.names)} objects, {len(train_views)} views each to train and {len(test_views)} held out; "
+          f"decoder of {size:.2f} M parameters")
+    cast, white = fast_precision(config, device), mean_photo(photos, train_views)
+    shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
         while step < config.steps:
             # Warm-up, then half a cosine
-            share = min(1.0, (step + 1) / (0.05 * config.steps)) * (0.515 + 0.485 * math.cos(math.pi * step / config.steps))
+            share = min(1.0, (step + 1) / (0.05 * config.steps))
+            share *= 0.515 + 0.485 * math.cos(math.pi * step / config.steps)
             for group, rate in zip(optimizer.param_groups, (config.decoder_lr, config.code_lr)):
                 group["lr"] = rate * share
-            # Everything random in a step follows from (seed, step): resuming needs no more than the step's number
+            # All that is random in a step follows from (seed, step): resuming needs the step's number alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            objects, *batch = draw_batch(photos, config, train_views, generator)
+            objects, *batch = [t.to(device) for t in draw_batch(photos, config, train_views, generator)]
             with cast():
-                latent = model.to_latent(model.codes[objects.to(device)])
+                latent = model.to_latent(model.codes[objects])
                 if config.latent_noise:
-                    latent = latent + config.latent_noise * torch.randn(latent.shape, generator=generator).to(device)
+                    noise = torch.randn(latent.shape, generator=generator).to(device)
+                    latent = latent + config.latent_noise * noise
                 volume = model.to_volume(latent)
-            loss, photo, alpha = reconstruction_loss(model, volume, [t.to(device) for t in batch], config, on_device(generator, device),
-                                                     step >= config.dense_steps, photos.has_masks)
+            loss, photo, alpha = reconstruction_loss(
+                model, volume, batch, config, on_device(generator, device), step >= config.dense_steps, photos.has_masks)
             loss = loss + config.code_decay * model.codes.square().mean()
             if config.smoothness:
                 loss = loss + config.smoothness * total_variation(volume)
@@ -535,50 +603,57 @@ def main(argv=None):
             step += 1
 
             if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, loss=loss.item(), psnr=-10 * math.log10(photo.item() + 1e-10), alpha=alpha.item(), lr=share * config.decoder_lr)
+                run.log(step, config.steps, loss=loss.item(), psnr=-10 * math.log10(photo.item() + 1e-10),
+                        alpha=alpha.item(), lr=share * config.decoder_lr)
             if step % config.preview_every == 0 or step == config.steps:
-                rows = measure(model, model.codes[chosen], photos, chosen.tolist(), test_views[:4], device)
-                run.log(step, config.steps, show=False, heldout=rows[:, 2].mean().item(), heldout_foreground=rows[:, 3].nanmean().item())
-                run.say(f"step {step}: held-out views of {len(chosen)} objects: {rows[:, 2].mean():.2f} dB, foreground {rows[:, 3].nanmean():.2f} dB")
-                save_picture(run.folder / f"previews/step_{step:06d}.png",
-                             preview(model, model.codes[chosen], photos, chosen.tolist(), test_views[0], device))
+                rows = measure(model, model.codes[shown], photos, shown, test_views[:4], device, white)
+                full, foreground = mean_of(rows, "ours"), mean_of(rows, "ours_fg")
+                run.log(step, config.steps, show=False, heldout=full, heldout_foreground=foreground)
+                run.say(f"step {step}: held-out views of {len(shown)} objects: {full:.2f} dB, "
+                        f"foreground {foreground:.2f} dB")
+                save_preview(run.folder / f"previews/step_{step:06d}.png",
+                             preview(model, model.codes[shown], photos, shown, test_views[0], device))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
-                save()
+                run.save({"config": asdict(config), "names": photos.names, "step": step,
+                          "model": model.state_dict(), "optimizer": optimizer.state_dict()})
             if run.stopping:
-                raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on from there")
+                raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on "
+                                "from there")
 
-    everything = range(len(photos.names))
-    rows = measure(model, model.codes, photos, everything, test_views, device, baseline_pictures(photos, train_views, device))
+    rows = measure(model, model.codes, photos, range(len(photos.names)), test_views, device, white)
     print(table(rows, photos.kinds()))
     with atomic_file(run.folder / "table.txt") as temporary:
         temporary.write_text(table(rows, photos.kinds()) + "\n")
     plot_log(run)
     figure1(model, photos, run.folder / "figure1.png", device)
     if len(photos.names) == 1:                       # the paper's Figure 2: trained, truth, depth
-        pixels = preview(model, model.codes, photos, [0], test_views[0], device)
-        rows = np.split(pixels, [len(pixels) // 3, 2 * len(pixels) // 3])
-        save_picture(run.folder / "figure2.png", np.concatenate([row[:2 * config.size] for row in (rows[1][2:], rows[0], rows[2][2:])], 1))
-    print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png, previews/" + (", figure2.png" if len(photos.names) == 1 else ""))
+        truth, ours, depth = preview(model, model.codes, photos, [0], test_views[0], device)
+        save_preview(run.folder / "figure2.png", torch.stack([ours, truth, depth], 1))
+    names = ["last.pt", "table.txt", "curve.png", "figure1.png", "previews/"]
+    print(f"wrote {run.folder}: " + ", ".join(names + ["figure2.png"] * (len(photos.names) == 1)))
 
 
 def fit(config, device):
-    """--fit FOLDER: codes for objects that training never saw, from few photos; measured on the photos not given."""
+    """--fit FOLDER: codes for objects that training never saw, from few photos; measured on photos not given."""
     model, _ = load_autodecoder(config.out, device)
     photos = Photos(config.fit, model.config.size, config.fit_objects)
     count = photos.rgb.shape[1]
     given = config.views or count - 8
     if not 1 <= given < count:
-        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, and at least one is wanted to measure by")
+        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, and at least one "
+                        "is wanted to measure by")
     began = time.time()
     codes = fit_codes(model, photos, torch.arange(given), config, device)
     seconds = (time.time() - began) / len(codes)
-    measured = torch.arange(max(given, count - 8), count)
-    rows = measure(model, codes, photos, range(len(codes)), measured, device, baseline_pictures(photos, torch.arange(count), device))
-    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in {seconds:.1f} s, measured on {len(measured)} others")
+    others = torch.arange(max(given, count - 8), count)
+    everything = range(len(codes))
+    rows = measure(model, codes, photos, everything, others, device, mean_photo(photos, torch.arange(count)))
+    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in {seconds:.1f} s, "
+          f"measured on {len(others)} others")
     print(table(rows, photos.kinds()))
-    chosen = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long()
+    shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
     path = Path(config.out, f"fit_{given}_views.png")
-    save_picture(path, preview(model, codes[chosen], photos, chosen.tolist(), measured[0], device))
+    save_preview(path, preview(model, codes[shown], photos, shown, others[0], device))
     print(f"wrote {path}: truth, ours, depth")
 
 

@@ -97,7 +97,7 @@ def atomic_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())                  # else a power cut can leave the new name on an empty file
+            os.fsync(file.fileno())                 # else a power cut can leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
@@ -150,7 +150,7 @@ class Run:
             sys.stdout.reconfigure(errors="backslashreplace")         # names that the terminal cannot show must not end a run
         self.lock = open(self.folder / f".{name}.lock", "w")
         try:
-            import fcntl                                              # the lock goes with its process, however that dies
+            import fcntl                                   # the lock goes with its process, however that dies
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:                                           # Windows: no such lock
             pass
@@ -178,7 +178,7 @@ class Run:
         """last.pt, written beside, read back, then renamed; the one before stays as previous.pt.  At any moment one of the
         two is whole.  It holds tensors, numbers, strings, lists and dicts alone: torch.load's safe default reads it."""
         last = self.folder / "last.pt"
-        content = io.BytesIO()                       # torch.save itself answers a full disk with a C++ assertion
+        content = io.BytesIO()                    # torch.save itself answers a full disk with a C++ assertion
         torch.save(state, content)
         with atomic_file(last) as temporary:
             temporary.write_bytes(content.getbuffer())

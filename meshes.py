@@ -29,9 +29,9 @@ from PIL import Image
 from common import UserError, decode
 
 MAX_BYTES = 500_000_000        # of one file, and
-MAX_FACES = 5_000_000          # triangles of one mesh: beyond these it is not a ShapeNet model but an accident
+MAX_FACES = 5_000_000         # triangles of one mesh: beyond these it is not a ShapeNet model but an accident
 MAX_PIXELS = 8192 * 8192       # of a texture, read from its header before anything is decoded
-MAX_SIDE = 512                 # larger textures are box-filtered down to this: at 128 px the rest would only alias
+MAX_SIDE = 512            # larger textures are box-filtered down to this: at 128 px the rest would only alias
 GREY = (0.5, 0.5, 0.5)         # a face without a material, or a material without a Kd (as in PyTorch3D)
 
 
@@ -63,7 +63,7 @@ def load_obj(path):
     materials = {}
     for line in dict.fromkeys(libraries):
         whole = find(line, path.parent, folder, notes)
-        for name in [line] if whole else line.split():                # one name with spaces in it, or several names
+        for name in [line] if whole else line.split():          # one name with spaces in it, or several names
             file = whole or find(name, path.parent, folder, notes)
             if file is None:
                 note(notes, f"material file {short(name)} is missing")
@@ -124,7 +124,7 @@ def read_lines(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     lines = iter(text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n"))
     for line in lines:
-        if line.endswith("\\") and not line.lstrip().startswith("#"):        # a `\` at the end continues the line
+        if line.endswith("\\") and not line.lstrip().startswith("#"):    # a `\` at the end continues the line
             parts = [line]
             while parts[-1].endswith("\\"):
                 parts[-1:] = [parts[-1][:-1], next(lines, "")]
@@ -261,7 +261,7 @@ def find(name, beside, folder, notes):
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
         note(notes, f"{short(name)} is an absolute path: refused")
         return None
-    for base in (Path(os.path.realpath(beside)), folder):             # ./images/a.png is often meant as ../images/a.png
+    for base in (Path(os.path.realpath(beside)), folder):   # ./images/a.png is often meant as ../images/a.png
         inside = Path(os.path.normpath(base / name)).is_relative_to(folder)
         file = match_case(base, [part for part in name.split("/") if part not in ("", ".")]) if inside else None
         if not inside and base != folder or file and not Path(os.path.realpath(file)).is_relative_to(folder):

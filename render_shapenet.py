@@ -55,7 +55,7 @@ class Config:
     size: int = 128                # pixels along a side
     supersample: int = 2           # samples a pixel along a side, averaged: jagged targets would cap every later number
     distance: float = 1.3          # camera to the object's centre; the object's diagonal is 1
-    focal: float = 131.25          # in pixels at 128 px, as in the SRN data: the 0.5-sphere spans 85 % of the frame
+    focal: float = 131.25    # in pixels at 128 px, as in the SRN data: the 0.5-sphere spans 85 % of the frame
     max_elevation: float = 80.0    # degrees above and below the horizon
     thin: bool = False             # procedural earphones get cables, thinner than a voxel: hard
     transforms: bool = False       # also write transforms.json, which nerfstudio and instant-ngp read
@@ -70,7 +70,7 @@ RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample"
           "renderer", "seed")      # photos made with other values of these do not belong in the same folder
 CATEGORIES = {"03261776": "earphones", "03001627": "chairs", "02958343": "cars"}       # their folders' names
 TIE = 1e-4                         # depths closer than this are the same depth
-NEAR = 1e-3                        # faces that reach behind this depth are dropped: our cameras stand outside the object
+NEAR = 1e-3             # faces that reach behind this depth are dropped: our cameras stand outside the object
 SPAN_PIXELS = 1 << 22              # pixels written at once, which bounds the memory: about 200 MB
 
 
@@ -161,7 +161,7 @@ def rasterize(mesh, camera_to_world, intrinsics, size, supersample=1, renderer="
 
 
 smallest = lambda rows: functools.reduce(torch.minimum, rows)      # over the first dimension: of three or four rows, where
-largest = lambda rows: functools.reduce(torch.maximum, rows)       # amin and amax on a CPU are ten times slower
+largest = lambda rows: functools.reduce(torch.maximum, rows)     # amin and amax on a CPU are ten times slower
 
 
 def visible_faces(mesh, camera, K, size):
@@ -173,7 +173,7 @@ def visible_faces(mesh, camera, K, size):
     z = camera[:, 2]
     screen = torch.stack([camera[:, 0] / z * K[0, 0] + K[0, 2], camera[:, 1] / z * K[1, 1] + K[1, 2], z], 1)
     x, y, z = screen.index_select(0, mesh.faces.T.reshape(-1)).T.reshape(3, 3, -1)      # (3,F) each: of the three corners
-    area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])                # (F,) twice the signed area
+    area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])          # (F,) twice the signed area
     # A pixel's centre, c + 0.5, lies between two edges when ceil(left - 0.5) <= c < ceil(right - 0.5): the left edge is in
     # and the right one out, so that two faces with a common edge share no pixel and leave none
     centres = lambda edge: (edge.nan_to_num(0, 0, 0) - 0.5).ceil().clamp(0, size).long()
@@ -195,16 +195,16 @@ def visible_faces(mesh, camera, K, size):
     # among equals, the first: the bits of positive floats are in the order of their values
     empty = torch.iinfo(torch.int64).max
     buffer = torch.full((4 * size * size,), empty, device=z.device)
-    load = (rows * columns[kept] + 1).cumsum(0) // SPAN_PIXELS                          # faces with the same are cut together
+    load = (rows * columns[kept] + 1).cumsum(0) // SPAN_PIXELS          # faces with the same are cut together
     for chunk in torch.arange(len(kept), device=z.device).split(load.unique_consecutive(return_counts=True)[1].tolist()):
         # The span of each row of each face: the row's line crosses two of the three edges
         count = rows[chunk]
-        f = torch.repeat_interleave(chunk, count)                                       # (T,) the face of each span
+        f = torch.repeat_interleave(chunk, count)                                 # (T,) the face of each span
         row = torch.arange(len(f), device=z.device) - (count.cumsum(0) - count - top[chunk]).repeat_interleave(count)
         x0, x1, x2, y0, y1, y2, s0, s1, s2, c, gx, gy, least, most = table.index_select(0, f).T
         line = row + 0.5
         below0, below1, below2 = y0 <= line, y1 <= line, y2 <= line
-        cut = torch.stack([x0 + (line - y0) * s0, x1 + (line - y1) * s1, x2 + (line - y2) * s2])              # (3,T)
+        cut = torch.stack([x0 + (line - y0) * s0, x1 + (line - y1) * s1, x2 + (line - y2) * s2])       # (3,T)
         missed = torch.stack([below0 == below1, below1 == below2, below2 == below0])
         first = centres(smallest(cut.masked_fill(missed, 1e9)))
         length = (centres(largest(cut.masked_fill(missed, -1e9))) - first).clamp(min=0)
@@ -213,7 +213,7 @@ def visible_faces(mesh, camera, K, size):
         end = (c + gx * (first + length - 0.5) + gy * line).clamp(least, most)
         step = (end - begin) / (length - 1).clamp(min=1)
 
-        before = length.cumsum(0) - length                                              # (T,) pixels in the spans before
+        before = length.cumsum(0) - length                                   # (T,) pixels in the spans before
         target = (rank[f] * size + row) * size + first - before
         whole = torch.stack([target, f], 1).repeat_interleave(length, 0)                # (P,2)
         real = torch.stack([begin - before * step, step], 1).repeat_interleave(length, 0)
@@ -434,7 +434,7 @@ def open_picture(path, mode):
         if not path.is_file():
             raise UserError(f"{path} is not there")
         with Image.open(path, formats=["PNG", "JPEG"]) as image:
-            square = image.width == image.height <= 8192                    # looked at before anything is decoded
+            square = image.width == image.height <= 8192                # looked at before anything is decoded
             transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
             picture = decode(image, "RGBA" if transparent else mode) if square else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

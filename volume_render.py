@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from common import grid, parse_config, pick_device, save_picture
 
-EMPTY = 0.02                       # densities below this are empty space: the whole cube of it would have an opacity of 3 %
+EMPTY = 0.02         # densities below this are empty space: the whole cube of it would have an opacity of 3 %
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Config:
     resolution: int = 64                # voxels along a side of the analytic volume
     size: int = 256                     # pixels along a side
     samples: int = 128                  # bins along a ray: halve them until you see the steps
-    sharpness: float = 3000.0           # how fast density grows below a surface, per voxel-free unit of length
+    sharpness: float = 3000.0          # how fast density grows below a surface, per voxel-free unit of length
     azimuth: float = 215.0              # degrees
     elevation: float = 25.0             # degrees
     device: str = "auto"                # auto, cpu or cuda
@@ -57,7 +57,7 @@ def camera_rays(camera_to_world, intrinsics, size):
 def cube(origins, directions, low=-0.5, high=0.5):
     """Where rays enter and leave a box, ours is [-0.5, 0.5]^3 -> near, far (...,R); far = near for those that miss it."""
     inverse = 1 / torch.where(directions.abs() < 1e-9, 1e-9, directions)
-    a, b = (low - origins) * inverse, (high - origins) * inverse                        # (...,R,3): the slabs of each axis
+    a, b = (low - origins) * inverse, (high - origins) * inverse           # (...,R,3): the slabs of each axis
     near, far = torch.minimum(a, b).amax(-1).clamp(min=0), torch.maximum(a, b).amin(-1)
     return near, torch.maximum(near, far)
 
@@ -74,7 +74,7 @@ def composite(sigma, rgb, length, t, background=1.0, transmittance="exclusive"):
     through = tau.cumsum(-1) - (tau if transmittance == "exclusive" else 0)
     # For the lesson: "inclusive" (j <= i), a common slip, dims a sample by itself; an opaque one gets no weight at all
     weight = torch.exp(-through) * -torch.expm1(-tau)                                   # (...,S)
-    alpha = weight.sum(-1).clamp(max=1)                                                 # rounding may reach 1 + 1e-6
+    alpha = weight.sum(-1).clamp(max=1)                                          # rounding may reach 1 + 1e-6
     image = (weight[..., None] * rgb).sum(-2) + (1 - alpha)[..., None] * background
     depth = (weight * t).sum(-1) / alpha.clamp(min=0.01)
     return image, alpha, depth.masked_fill(alpha <= 0.01, math.inf)
@@ -84,7 +84,7 @@ def lookup(volume, position):
     """Trilinear: volume (B,C,D,H,W), position (B,...,3) in the world -> (B,...,C); voxel centres at (i + 0.5)/N."""
     B, shape = len(position), position.shape[1:-1]
     found = F.grid_sample(volume, 2 * position.view(B, -1, 1, 1, 3), align_corners=False, padding_mode="border")
-    return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, -1)                      # x, y, z is grid_sample's order too
+    return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, -1)        # x, y, z is grid_sample's order too
 
 
 def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None, background=1.0,
@@ -137,10 +137,10 @@ def render_sparse(volume, origins, directions, t, length, field, occupied, backg
     # A run's middle is at most half a run from its ends: near enough for the dilated block it lies in to know of them
     longest = max(1, int(2 * 4 / N * S / math.sqrt(3)))
     run = max(n for n in range(1, longest + 1) if S % n == 0)
-    blocks = F.max_pool3d(F.max_pool3d(occupied[:, None].float(), 4, 4), 3, 1, 1)[:, 0] > 0     # (B,N/4,N/4,N/4)
+    blocks = F.max_pool3d(F.max_pool3d(occupied[:, None].float(), 4, 4), 3, 1, 1)[:, 0] > 0  # (B,N/4,N/4,N/4)
     middle = (t[:, (run - 1) // 2::run] + t[:, run // 2::run]) / 2                          # (A,S/run)
     point = torch.addcmul(origins[:, None], middle[..., None], directions[:, None])
-    a, g = is_in(blocks, owner[:, None], point).nonzero().unbind(1)                         # (K,) the runs that are kept
+    a, g = is_in(blocks, owner[:, None], point).nonzero().unbind(1)              # (K,) the runs that are kept
     point = torch.addcmul(origins[a, None], t.view(len(t), S // run, run)[a, g, :, None], directions[a, None])    # (K,run,3)
     kept = is_in(occupied, owner[a, None], point)                                           # (K,run)
     target = ((a * S + g * run)[:, None] + torch.arange(run, device=device))[kept]          # (P,) of A*S
@@ -166,7 +166,7 @@ def passes_box(occupied, origins, directions):
     """(B,R): whether each ray meets the box around its object's occupied cells."""
     n = occupied.shape[-1]
     low, high = [], []
-    for dims in ((1, 2), (1, 3), (2, 3)):                                                   # x, y, z: what the others hold
+    for dims in ((1, 2), (1, 3), (2, 3)):                                      # x, y, z: what the others hold
         line = occupied.any(dims[1]).any(dims[0]).float()                                   # (B,n)
         low.append(line.argmax(1) / n - 0.5)
         high.append(0.5 - line.flip(1).argmax(1) / n)
@@ -196,13 +196,13 @@ def headphones(resolution, sharpness):
     which is a signed distance; colours are logits, since the field's sigmoid comes after the lookup."""
     centre = (torch.arange(resolution) + 0.5) / resolution - 0.5
     z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
-    side = x.abs()                                                                      # the mirror plane is x = 0
+    side = x.abs()                                                                 # the mirror plane is x = 0
     radius = torch.hypot(y, z + 0.1)
     cup = torch.maximum(radius - 0.19, (side - 0.33).abs() - 0.05)
     cushion = torch.hypot(radius - 0.14, side - 0.26) - 0.05
     arch = torch.maximum(torch.hypot(torch.hypot(x, z) - 0.33, y) - 0.05, -z)
     stem = torch.maximum(torch.hypot(side - 0.33, y) - 0.05, (z + 0.05).abs() - 0.06)
-    parts = torch.stack([cup, cushion, torch.minimum(arch, stem)])                      # (3,N,N,N) signed distances
+    parts = torch.stack([cup, cushion, torch.minimum(arch, stem)])                # (3,N,N,N) signed distances
     colours = torch.tensor([[0.10, 0.15, 0.35], [0.45, 0.28, 0.18], [0.75, 0.75, 0.78]])
     nearest, which = parts.min(0)
     rgb = torch.logit(colours)[which].permute(3, 0, 1, 2)
@@ -222,7 +222,7 @@ def main(argv=None):
         for _ in range(4):
             began = time.perf_counter()
             rgb, alpha, depth = render(volume, origins, directions, config.samples, occupied=cells)
-            rgb.sum().item()                                                            # a GPU answers when it is done
+            rgb.sum().item()                                                   # a GPU answers when it is done
             times.append(time.perf_counter() - began)
         print(f"{name:<20} {directions.shape[1] / min(times) / 1e6:6.2f} million rays per second, {config.samples} samples each")
     picture = lambda values: (values.clamp(0, 1).view(config.size, config.size, -1) * 255).byte().expand(-1, -1, 3).cpu()

@@ -47,11 +47,11 @@ def trained(data, tmp_path_factory):
 @pytest.mark.parametrize("change, latent, volume", [
     ({}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)), ({"latent_resolution": 4}, (2, 16, 4, 4, 4), (2, 4, 8, 8, 8)),
     ({"latent_resolution": 16, "channels": "16"}, (2, 16, 16, 16, 16), (2, 4, 16, 16, 16)), ({"latent": "grid"}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
-    ({"attention": True, "blocks": 2}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)), ({"coordinates": False}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
+    ({"children": 2, "channels": "16"}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)), ({"attention": True, "blocks": 2}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)), ({"coordinates": False}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
     ({"head": "mlp"}, (2, 16, 8, 8, 8), (2, 8, 16, 16, 16)), ({"head": "mlp", "grid": "2d"}, (2, 3, 16, 8, 8), (2, 8, 16, 16, 16)),
     ({"head": "mlp", "grid": "2d", "latent": "grid"}, (2, 3, 16, 8, 8), (2, 8, 16, 16, 16))])
 def test_every_knob_decodes_and_learns(change, latent, volume):
-    config = replace(stage.Config(), channels="16,16", code_width=12, precision="float32")
+    config = replace(stage.Config(), channels="16,16", children=1, code_width=12, precision="float32")
     config = replace(config, **change)
     torch.manual_seed(0)
     model = stage.Autodecoder(config, 3)
@@ -75,6 +75,28 @@ def test_adding_the_coordinates_is_concatenating_them():
     assert (block(x) - expected).abs().max() < 1e-5
     where = stage.coordinates(x)[0]
     assert where[0, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75] and where[2, :, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]    # x along W, z along D
+
+
+def test_children_take_their_places():
+    x = torch.arange(16.0).view(1, 16, 1, 1, 1)                  # two channels of eight children of one voxel
+    volume = stage.unfold_children(x, 2)
+    assert volume.shape == (1, 2, 2, 2, 2) and volume[0, 1, 0, 1, 1] == 8 + 3 and volume[0, 0, 1, 0, 0] == 4
+    planes = stage.unfold_children(torch.arange(24.0).view(1, 4, 3, 2), 1)
+    assert planes.shape == (1, 1, 6, 4) and planes[0, 0, 0, :2].tolist() == [0, 6] and planes[0, 0, 1, :2].tolist() == [12, 18]
+
+
+def test_the_largest_piece():
+    solid = torch.zeros(6, 6, 6, dtype=torch.bool)
+    solid[0, 0, :4] = solid[1, 1, 4] = True                      # five that hang together, by a corner
+    solid[4, 4, 4] = True
+    assert abs(stage.largest_piece(solid) - 5 / 6) < 1e-6
+
+
+def test_psnr_by_hand():
+    picture, truth = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
+    picture[0, 0] = 0.5
+    assert abs(stage.psnr(picture, truth) - 12.0412) < 1e-3      # 10 log10 of 1 / (0.25 / 4)
+    assert abs(stage.psnr(picture, truth, torch.tensor([[True, True], [False, False]])) - 9.0309) < 1e-3
 
 
 def test_planes_summed_into_a_volume_are_planes():
@@ -116,7 +138,7 @@ def test_a_run_leaves_what_it_says(trained):
 
 def test_one_object_writes_figure_2(data, tmp_path):
     train(data, tmp_path / "one", "--objects", "1")
-    assert np.array(Image.open(tmp_path / "one/figure2.png")).shape == (64, 192, 3)
+    assert np.array(Image.open(tmp_path / "one/figure2.png")).shape == (64 * 1, 2 * (3 * 32 + 2 * 2), 3)
 
 
 def weights(out):
@@ -189,15 +211,17 @@ def test_fit_recovers_a_known_code(data):
     torch.manual_seed(0)
     config = replace(stage.Config(), channels="16,16", code_width=8, samples=24, rays=256, fit_steps=60, precision="float32")
     model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
-    model.codes *= 30                                            # an untrained decoder, driven hard, makes coloured clouds
+    model.codes *= 30                               # an untrained decoder, driven hard, makes coloured clouds
     photos = stage.Photos(data / "earphones_train", 32, 1)
     volume = model.to_volume(model.to_latent((0.2 * model.codes[0] + 0.8 * model.codes[1])[None]))
     for v in range(6):
-        rgb, alpha, _ = stage.render_view(model, volume, photos.pose[0, v], photos.intrinsics[0], 32, 48)
+        rgb, alpha, _ = stage.render_view(model, volume, photos.pose[0, v], photos.intrinsics[0], 32)
         photos.rgb[0, v], photos.mask[0, v] = (rgb * 255).round().byte(), (alpha * 255).round().byte()
     device = torch.device("cpu")
     fitted = stage.fit_codes(model, photos, torch.arange(4), config, device)
-    ours, mean = (stage.measure(model, codes, photos, [0], [4, 5], device)[:, 2].mean() for codes in (fitted, model.codes.mean(0)[None]))
+    white = stage.mean_photo(photos, [0])
+    ours, mean = (stage.mean_of(stage.measure(model, codes, photos, [0], [4, 5], device, white), "ours")
+                  for codes in (fitted, model.codes.mean(0)[None]))
     assert mean < 40 and ours > mean + 6, (ours, mean)
 
 

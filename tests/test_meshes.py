@@ -54,7 +54,7 @@ def test_polygons_become_fans(model):
 def test_mixed_corners(model):
     mesh = model(SQUARE + "vn 0 0 1\nmtllib m.mtl\nusemtl a\nf 1/1 2 3\nf 1//1 2//1 3//1\nf 1/1/1 2/2/1 3/3/1\n",
                  "newmtl a\nKd 1 0 0\nmap_Kd ../images/t.png\n", t=GREEN)
-    assert colours(mesh) == [RED, RED, GREEN]          # a face without all its texture coordinates takes the Kd
+    assert colours(mesh) == [RED, RED, GREEN]        # a face without all its texture coordinates takes the Kd
 
 
 @pytest.mark.parametrize("obj", [
@@ -169,7 +169,7 @@ def test_paths_that_leave_the_folder_are_refused(model, tmp_path):
 def test_links_inside_the_folder_are_followed(model, tmp_path):
     Image.new("RGB", (4, 4), GREEN).save(model.folder / "images/t.png")
     (model.folder / "images/link.png").symlink_to(model.folder / "images/t.png")
-    (tmp_path / "alias").symlink_to(model.folder)                                   # data on another disk, say
+    (tmp_path / "alias").symlink_to(model.folder)                                  # data on another disk, say
     textured(model, "../images/link.png")
     assert colours(load_obj(tmp_path / "alias/models/model_normalized.obj")) == [GREEN, GREEN]
 

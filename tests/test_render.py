@@ -193,8 +193,8 @@ def test_cameras_stand_upright_and_look_at_the_origin():
     for pose in (next(cameras) for _ in range(200)):
         rotation = pose[:3, :3]
         assert (rotation @ rotation.T - torch.eye(3)).abs().max() < 1e-12 and torch.det(rotation) > 0
-        assert (pose[:3, 3] + 1.3 * rotation[:, 2]).abs().max() < 1e-12                    # forward points at the origin
-        assert abs(rotation[2, 0]) < 1e-12 and rotation[2, 1] < 0                              # right is level, down is down
+        assert (pose[:3, 3] + 1.3 * rotation[:, 2]).abs().max() < 1e-12         # forward points at the origin
+        assert abs(rotation[2, 0]) < 1e-12 and rotation[2, 1] < 0               # right is level, down is down
 
 
 def test_to_world():
@@ -202,7 +202,7 @@ def test_to_world():
     world, transform = stage.to_world(mesh)
     used = world.vertices[:4]
     assert torch.allclose(used.amin(0), -used.amax(0)) and math.isclose((used.amax(0) - used.amin(0)).norm(), 1, rel_tol=1e-9)
-    assert (used[2] - used[0])[2] > 0.5 and (used[3] - used[0])[1] < -0.3                  # Y goes up, Z towards us
+    assert (used[2] - used[0])[2] > 0.5 and (used[3] - used[0])[1] < -0.3            # Y goes up, Z towards us
     assert torch.allclose(mesh.vertices @ transform[:3, :3].T + transform[:3, 3], world.vertices)
     with pytest.raises(UserError, match="no extent"):
         stage.to_world(mesh_of([[1, 1, 1]] * 3, [[0, 1, 2]]))
@@ -409,7 +409,7 @@ def test_photos_come_back(photos):
     small = stage.load_photos(photos / "earphones_train", 16)
     assert small[3][0].tolist() == [[16.40625, 0, 8], [0, 16.40625, 8], [0, 0, 1]]
     boxes = images.view(2, 3, 16, 2, 16, 2, 3).float().mean((3, 5))
-    assert (small[0] - boxes).abs().max() <= 1                                             # box-filtered, not picked
+    assert (small[0] - boxes).abs().max() <= 1                                      # box-filtered, not picked
 
 
 def test_foreign_photos(one):
@@ -459,7 +459,7 @@ def spoil(path, content):
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
 
 
-IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 {} 0 0 0 1"          # looks along +Z: to see the cube it must stand below it
+IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 {} 0 0 0 1"         # looks along +Z: to see the cube it must stand below it
 
 
 @pytest.mark.parametrize("file, content, message", [

@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_a_plain_loop():
             for s in range(S):
                 p = o + (near + (s + 0.5) * step) * d
                 channels = torch.zeros(4, dtype=torch.float64)
-                where = [(p[a] + 0.5) * volume.shape[4 - a] - 0.5 for a in range(3)]              # x, y, z in voxels
+                where = [(p[a] + 0.5) * volume.shape[4 - a] - 0.5 for a in range(3)]       # x, y, z in voxels
                 where = [w.clamp(0, volume.shape[4 - a] - 1) for a, w in enumerate(where)]
                 for corner in range(8):
                     weight, index = 1.0, []
@@ -108,7 +108,7 @@ def test_the_inclusive_slip_dims_a_sample_by_itself():
 def test_rays_that_miss_are_white_with_no_gradient():
     volume = uniform(50.0, (0.1, 0.1, 0.1)).requires_grad_()
     origins = torch.tensor([[[2.0, 0, 0], [0, 2, 0], [0, 0, 0.6]]])
-    directions = torch.tensor([[[1.0, 0, 0], [1, 0, 0], [1, 1, 0]]])           # away from it, past it, above it
+    directions = torch.tensor([[[1.0, 0, 0], [1, 0, 0], [1, 1, 0]]])         # away from it, past it, above it
     for occupied in (None, v.occupancy(volume)):
         rgb, alpha, depth = v.render(volume, origins, directions, 16, occupied=occupied)
         assert (rgb == 1).all() and (alpha == 0).all() and depth.isinf().all()
@@ -152,7 +152,7 @@ def test_skipping_empty_space_changes_nothing(samples, generator):
     (rgb, alpha, gradient), (rgb2, alpha2, gradient2) = results
     assert (rgb - rgb2).square().mean() < 1e-6 and (alpha - alpha2).abs().max() < 0.01           # 60 dB
     assert torch.cosine_similarity(gradient.flatten(), gradient2.flatten(), dim=0) > 0.9999
-    assert (rgb2[2] == 1).all()                                                                  # nothing there at all
+    assert (rgb2[2] == 1).all()                                                         # nothing there at all
 
 
 def test_one_sample_is_looked_up_where_it_is():
