@@ -6,7 +6,7 @@ Stage 1 of 3: fit the autodecoder.  One learned code e_i per object and one shar
 There is no encoder: a code is found by gradient descent on it, for the training objects together with the
 decoder, for new objects (fit_codes) with the decoder frozen.  G is split where stage 2 will diffuse:
 
-    code e (128) --G1--> latent volume (16 x 8^3) --G2--> radiance volume (4 x 32^3) --render--> photo
+    code e (256) --G1--> latent volume (16 x 8^3) --G2--> radiance volume (4 x 32^3) --render--> photo
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
@@ -42,7 +42,7 @@ class Config:
     holdout_views: int = 8               # of each object, the last photos: not trained on, but measured by
     # the decoder
     latent: str = "code"                 # code | grid: a vector per object, or a small volume of its own
-    code_width: int = 128                # numbers in a code
+    code_width: int = 256                # numbers in a code
     latent_resolution: int = 8           # 4 | 8 | 16: voxels along a side of the latent volume
     latent_channels: int = 16            # numbers in a latent voxel
     channels: str = "64,32"              # of G2's levels, from the latent's resolution up, each doubling it
@@ -65,7 +65,7 @@ class Config:
     batch_views: int = 30                # photos of each object that a step draws its rays from
     rays: int = 1024                     # rays a step and object
     foreground: float = 0.5              # share of the rays drawn near the object; the others from anywhere
-    decoder_lr: float = 4e-3             # Adam's, at its highest
+    decoder_lr: float = 8e-3             # Adam's, at its highest
     code_lr: float = 1e-2                # the codes'
     mask_weight: float = 0.1             # of the squared error of the opacity
     code_decay: float = 1e-4             # of the mean square of the codes
