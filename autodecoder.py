@@ -1,5 +1,5 @@
 """
-Stage 1 of 3: fit the autodecoder.  One learned code e_i per object and one shared decoder G explain every photo:
+Stage 1 of 3: fit the autodecoder.  One learned code e_i per object and one decoder G explain every photo:
 
     min over e, G    mean_{i,v} | render(G(e_i), camera_v) - photo_{i,v} |^2  + regularisers
 
@@ -13,7 +13,7 @@ out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve
 run  python autodecoder.py
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   the paper's Figure 2
      python autodecoder.py --fit data/earphones_test --views 2       new objects, from two photos each
-     python autodecoder.py --preset smoke --out runs/smoke           seconds: checks the plumbing, not the quality
+     python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
 read Config, Autodecoder, draw_batch, reconstruction_loss, fit_codes, main.
 """
 import json
@@ -50,7 +50,7 @@ class Config:
     blocks: int = 1                      # residual blocks a level
     attention: bool = False              # self-attention at the latent's resolution, as 3DADM has
     coordinates: bool = True             # each block sees where its voxels are ("position concatenation")
-    grid: str = "3d"                     # 3d | 2d: a volume, or three feature planes (these want the mlp head)
+    grid: str = "3d"                     # 3d | 2d: a volume, or three feature planes (with the mlp head)
     head: str = "voxel"                  # voxel | mlp: density and colour, or features that a small MLP reads
     features: int = 8                    # channels of the volume that the mlp head reads
     mlp_width: int = 32                  # of the mlp head
@@ -107,7 +107,7 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "f
         "fit_steps", "fit_lr", "fit_decay")
 RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
-BORN = -0.2                        # the density channel at first: thin fog everywhere, which any seed can shape
+BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
 
 
 # ------------------------------------------------------------------------------------------------- decoder
@@ -176,12 +176,12 @@ class Attention(nn.Module):
 
 
 class Autodecoder(nn.Module):
-    """codes (N,code_width);  to_latent = G1: code -> latent;  to_volume = G2: latent -> volume;  field: what a
-    sample sees.
+    """codes (N,code_width);  to_latent = G1: code -> latent;  to_volume = G2: latent -> volume;  field: what
+    a sample sees.
 
-    In the 2d mode the latent is three planes (B,3,C,r,r), decoded by 2D convolutions and spread into a volume
-    as the sum V(x,y,z) = xy(x,y) + xz(x,z) + yz(y,z): trilinear lookup in that sum *is* bilinear lookup in the
-    planes, so that one renderer serves both."""
+    In the 2d mode the latent is three planes (B,3,C,r,r), decoded by 2D convolutions and spread into a
+    volume as the sum V(x,y,z) = xy(x,y) + xz(x,z) + yz(y,z): trilinear lookup in that sum *is* bilinear
+    lookup in the planes, so that one renderer serves both."""
 
     def __init__(self, config, objects):
         super().__init__()
@@ -288,13 +288,13 @@ class Photos:
 
 
 def draw_batch(photos, config, views, generator, objects=None):
-    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Half of the
-    rays are drawn where the object is: most of a photo is white, and soon has nothing left to teach."""
+    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Half of
+    the rays are drawn where the object is: most of a photo is white, and soon has nothing left to teach."""
     if objects is None:
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
     B, R, n, o = len(objects), config.rays, photos.size, objects[:, None]
-    seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]            # (B,V)
-    view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]             # (B,R)
+    seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]   # (B,V)
+    view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]    # (B,R)
     u = torch.rand(B, R, generator=generator, dtype=torch.float64)
     near = photos.near_start[o, view] + (u * photos.near_count[o, view]).long()
     near = photos.near[near.clamp(max=len(photos.near) - 1)]
@@ -347,7 +347,8 @@ def voxel_opacity(model, volume):
 
 
 def on_device(generator, device):
-    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
+    seed = generator.initial_seed()
+    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
 
 
 # ----------------------------------------------------------------------------------------------- new objects
@@ -362,7 +363,7 @@ def fit_codes(model, photos, views, config, device):
     recipe = replace(model.config, rays=config.rays, batch_views=len(views))
     fitted, cast = [], fast_precision(model.config, device)
     for objects in torch.arange(len(photos.names)).split(8):
-        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)     # code = mean + deviation z
+        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)  # code = mean + deviation z
         optimizer = torch.optim.Adam([z], config.fit_lr)
         for step in range(config.fit_steps):
             share = (1 + math.cos(math.pi * step / config.fit_steps)) / 2
@@ -395,26 +396,28 @@ def render_view(model, volume, pose, K, size):
     """volume (1,C,D,H,W), one camera -> rgb (H,W,3), alpha (H,W), depth (H,W)"""
     origins, directions = camera_rays(pose[None].to(volume.device), K[None].to(volume.device), size)
     rgb, alpha, depth = render(volume, origins, directions, 2 * model.config.samples, model.field,
-                               occupied=occupancy(volume, model.field), transmittance=model.config.transmittance)
+                               occupied=occupancy(volume, model.field),
+                               transmittance=model.config.transmittance)
     return rgb.view(size, size, 3), alpha.view(size, size), depth.view(size, size)
 
 
 def psnr(picture, truth, mask=None):
-    """dB; over the pixels of a mask alone, if there is one.  Of many pictures average these, not the errors."""
+    """dB; over the pixels of a mask alone, if there is one.  Of many pictures average these, not errors."""
     error = (picture - truth).square().mean(-1)
     error = error[mask] if mask is not None else error
     return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
 
 
 def largest_piece(solid):
-    """(D,H,W) bool -> the share of the True voxels that hang together (in 26 directions) in the largest piece"""
-    label = torch.arange(1, solid.numel() + 1, device=solid.device, dtype=torch.float64).view_as(solid) * solid
+    """(D,H,W) bool -> the share of True voxels in the largest piece that hangs together (by corners too)"""
+    label = torch.arange(1.0, solid.numel() + 1, device=solid.device).view_as(solid) * solid
     while True:                                                                    # the highest label spreads
         spread = F.max_pool3d(label[None], 3, 1, 1)[0] * solid
         if torch.equal(spread, label):
             break
         label = spread
-    return (label[solid].unique(return_counts=True)[1].max() / solid.sum()).item() if solid.any() else math.nan
+    counts = label[solid].unique(return_counts=True)[1]
+    return (counts.max() / counts.sum()).item() if len(counts) else math.nan
 
 
 MEASURES = ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg", "fog", "piece")
@@ -545,8 +548,8 @@ def main(argv=None):
     photos = Photos(config.data, config.size, config.objects)
     count = photos.rgb.shape[1]
     if not 1 <= config.holdout_views < count:
-        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each object, "
-                        "of which at least one is to be held out to measure by, and one to train on")
+        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
+                        "object, of which at least one is to be held out to measure by, and one to train on")
     train_views, test_views = torch.arange(count).split([count - config.holdout_views, config.holdout_views])
     if config.fresh:
         ours = ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")
@@ -567,8 +570,8 @@ def main(argv=None):
         step = state["step"]
         print(f"going on from step {step} of {config.out}/last.pt")
     size = sum(p.numel() for p in decoder) / 1e6
-    print(f"{len(photos.names)} objects, {len(train_views)} views each to train and {len(test_views)} held out; "
-          f"decoder of {size:.2f} M parameters")
+    print(f"{len(photos.names)} objects, {len(train_views)} views each to train and {len(test_views)} held "
+          f"out; decoder of {size:.2f} M parameters")
     cast, white = fast_precision(config, device), mean_photo(photos, train_views)
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
@@ -588,8 +591,9 @@ def main(argv=None):
                     noise = torch.randn(latent.shape, generator=generator).to(device)
                     latent = latent + config.latent_noise * noise
                 volume = model.to_volume(latent)
-            loss, photo, alpha = reconstruction_loss(
-                model, volume, batch, config, on_device(generator, device), step >= config.dense_steps, photos.has_masks)
+            skip_empty = step >= config.dense_steps
+            loss, photo, alpha = reconstruction_loss(model, volume, batch, config, on_device(generator, device),
+                                                     skip_empty, photos.has_masks)
             loss = loss + config.code_decay * model.codes.square().mean()
             if config.smoothness:
                 loss = loss + config.smoothness * total_variation(volume)
@@ -634,22 +638,22 @@ def main(argv=None):
 
 
 def fit(config, device):
-    """--fit FOLDER: codes for objects that training never saw, from few photos; measured on photos not given."""
+    """--fit FOLDER: codes for objects that training never saw, from few photos; measured on the others."""
     model, _ = load_autodecoder(config.out, device)
     photos = Photos(config.fit, model.config.size, config.fit_objects)
     count = photos.rgb.shape[1]
     given = config.views or count - 8
     if not 1 <= given < count:
-        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, and at least one "
-                        "is wanted to measure by")
+        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, and at least "
+                        "one is wanted to measure by")
     began = time.time()
     codes = fit_codes(model, photos, torch.arange(given), config, device)
     seconds = (time.time() - began) / len(codes)
     others = torch.arange(max(given, count - 8), count)
     everything = range(len(codes))
     rows = measure(model, codes, photos, everything, others, device, mean_photo(photos, torch.arange(count)))
-    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in {seconds:.1f} s, "
-          f"measured on {len(others)} others")
+    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in {seconds:.1f} "
+          f"s, measured on {len(others)} others")
     print(table(rows, photos.kinds()))
     shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
     path = Path(config.out, f"fit_{given}_views.png")

@@ -1,17 +1,22 @@
 """
-What every stage shares and no stage is about: conventions, configuration, device, safe writing, progress, pictures.
+What every stage shares and no stage is about: conventions, configuration, device, safe
+writing, progress, pictures.
 
 Conventions (everything in this project obeys them; whatever comes in from elsewhere is converted at the door)
-    world       right-handed, Z up, object centred on the origin, its bounding box's diagonal 1: it fits [-0.5, 0.5]^3
+    world       right-handed, Z up, object centred on the origin, its bounding box's diagonal 1: it fits in
+                [-0.5, 0.5]^3
     camera      camera_to_world, 4x4, columns are the camera's axes: OpenCV's, +X right, +Y down, +Z forward
-    pixel       (0, 0) is the *corner* of the top-left pixel; pixel (i, j) is seen along (i + 0.5, j + 0.5); cx = W/2
+    pixel       (0, 0) is the *corner* of the top-left pixel; pixel (i, j) is seen along (i + 0.5, j + 0.5);
+                cx = W/2
     intrinsics  3x3, in pixels; for photos at another size scale f, cx, cy by new/old and nothing else
     ray         its direction has camera z = 1, so the ray's parameter t *is* the z-depth
     photo       8-bit RGB on white; mask: 8-bit coverage; colours in [0, 1] once they are floats
-    volume      (B, C, D, H, W), D = z, H = y, W = x over [-0.5, 0.5]^3, voxel centres at (i + 0.5)/N (align_corners=False)
+    volume      (B, C, D, H, W), D = z, H = y, W = x over [-0.5, 0.5]^3, voxel centres at (i + 0.5)/N
+                (align_corners=False)
 
 Letters for shapes
-    B objects   V views   R rays   S samples on a ray   C channels   D H W voxels (or H W pixels)   N vertices   F faces
+    B objects   V views   R rays   S samples on a ray   C channels
+    D H W voxels (or H W pixels)   N vertices   F faces
 """
 import argparse
 import inspect
@@ -38,24 +43,27 @@ from PIL import Image
 
 
 class UserError(SystemExit):
-    """Something that the user can mend.  Python prints its one sentence, without a traceback, and exits with status 1."""
+    """Something that the user can mend.  Python prints its one sentence, without a traceback,
+    and exits with status 1."""
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 def parse_config(Config, presets=None, argv=None):
     """The dataclass at the top of a stage is its command line:  defaults < --preset < flags.
 
-    A field's flag has the field's name, its trailing comment is the help text, and a comment that opens with
-    `a | b | c:` lists the values allowed.  Abbreviated, unknown or ill-typed flags are errors that name the flag.
+    A field's flag has the field's name, its trailing comment is the help text, and a comment that
+    opens with `a | b | c:` lists the values allowed.  Abbreviated, unknown or ill-typed flags are
+    errors that name the flag.
     """
     presets = presets or {}
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}  (--help lists the flags)"))
+    parser.error = wrong_flag
     if presets:
-        parser.add_argument("--preset", choices=["auto", *presets], default="auto", help="auto: gpu where there is one")
+        parser.add_argument("--preset", choices=["auto", *presets], default="auto",
+                            help="auto: gpu where there is one")
     for field in fields(Config):
         help_text = comments.get(field.name, "")
         choices = re.match(r"([\w.]+(?: \| [\w.]+)+):", help_text)
@@ -71,8 +79,14 @@ def parse_config(Config, presets=None, argv=None):
     return Config(**{**presets.get(preset, {}), **flags})
 
 
+def wrong_flag(message):
+    """In argparse's place, which would print the usage of every flag before its one sentence."""
+    raise UserError(f"{message}  (--help lists the flags)")
+
+
 def pick_device(name="auto"):
-    """`auto` takes CUDA where there is one.  Apple's MPS has neither float64 nor 3D grid_sample's gradient: CPU there."""
+    """`auto` takes CUDA where there is one.  Apple's MPS has neither float64 nor 3D
+    grid_sample's gradient: CPU there."""
     if name == "auto":
         name, why = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
     else:
@@ -80,13 +94,15 @@ def pick_device(name="auto"):
         if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
             raise UserError(f"--device {name}: auto, cpu or cuda (or cuda:1, ...) is wanted")
         if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name} was asked for, but torch {torch.__version__} finds no such GPU: use --device cpu")
-    title = torch.cuda.get_device_name(name) if name.startswith("cuda") else f"{torch.get_num_threads()} threads"
+            raise UserError(f"--device {name} was asked for, but torch {torch.__version__} finds no such "
+                            "GPU: use --device cpu")
+    cuda = name.startswith("cuda")
+    title = torch.cuda.get_device_name(name) if cuda else f"{torch.get_num_threads()} threads"
     print(f"device {name} ({why}; {title})")
     return torch.device(name)
 
 
-# ----------------------------------------------------------------------------------------------------- safe writing
+# ----------------------------------------------------------------------------------------------- safe writing
 
 @contextmanager
 def atomic_file(path):
@@ -107,8 +123,8 @@ def atomic_file(path):
 
 @contextmanager
 def atomic_folder(path):
-    """Fill the folder given; it then takes its name.  What an interruption leaves is hidden (.name.tmp), so that readers
-    pass it by, and is cleared by the next try."""
+    """Fill the folder given; it then takes its name.  What an interruption leaves is hidden (.name.tmp), so
+    that readers pass it by, and is cleared by the next try."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -123,31 +139,34 @@ def atomic_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# -------------------------------------------------------------------------------------------------------- long work
+# -------------------------------------------------------------------------------------------------- long work
 
 class Run:
-    """What surrounds every long loop: the recipe that may not change halfway, checkpoints, resume, signals that only raise a
-    flag, the guard against NaN, log.jsonl and the progress line."""
+    """What surrounds every long loop: the recipe that may not change halfway, checkpoints, resume, signals
+    that only raise a flag, the guard against NaN, log.jsonl and the progress line."""
 
     def __init__(self, folder, config, recipe, name="config.json"):
         """recipe: the names of the config's fields that whatever is in the folder already must agree with."""
         self.folder, self.config, self.stopping = Path(folder), asdict(config), None
-        self.began, self.first, self.printed, self.width, self.bad, self.skipped = time.time(), None, 0.0, 0, 0, 0
+        self.began, self.first, self.printed, self.width = time.time(), None, 0.0, 0     # the progress line's
+        self.bad, self.skipped = 0, 0                                                    # the guard's
         wanted = {field: value for field, value in self.config.items() if field in recipe}
         file = self.folder / name
         if file.exists():
             try:
                 found = dict(json.loads(file.read_text()))
             except (OSError, ValueError, TypeError):
-                raise UserError(f"{file} cannot be read: delete it and what it describes, and run again") from None
+                raise UserError(f"{file} cannot be read: delete it and what it describes, "
+                                "and run again") from None
             for field, value in wanted.items():
                 if found.get(field, value) != value:
-                    raise UserError(f"{file} says that what is there was made with --{field} {found[field] or '(none)'}, not "
-                                    f"{value or '(none)'}: use the same value, another --out, or start over with --fresh")
+                    raise UserError(f"{file} says that what is there was made with --{field} "
+                                    f"{found[field] or '(none)'}, not {value or '(none)'}: "
+                                    "use the same value, another --out, or start over with --fresh")
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")         # names that the terminal cannot show must not end a run
+            sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
         self.lock = open(self.folder / f".{name}.lock", "w")
         try:
             import fcntl                                   # the lock goes with its process, however that dies
@@ -155,13 +174,16 @@ class Run:
         except ImportError:                                           # Windows: no such lock
             pass
         except OSError:
-            raise UserError(f"another run is writing to {self.folder} now: wait for it, or use another --out") from None
+            raise UserError(f"another run is writing to {self.folder} now: "
+                            "wait for it, or use another --out") from None
 
     def __enter__(self):
-        """Around the loop alone: Ctrl-C and SIGTERM only set `stopping`, which the loop looks at when it is safe to."""
+        """Around the loop alone: Ctrl-C and SIGTERM only set `stopping`, which the loop
+        looks at when it is safe to."""
         self.before = {}
         if threading.current_thread() is threading.main_thread():     # no other can set handlers
-            self.before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, self._stop)
+                           for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
@@ -175,14 +197,15 @@ class Run:
         self.stopping = signal.Signals(number).name
 
     def save(self, state):
-        """last.pt, written beside, read back, then renamed; the one before stays as previous.pt.  At any moment one of the
-        two is whole.  It holds tensors, numbers, strings, lists and dicts alone: torch.load's safe default reads it."""
+        """last.pt, written beside, read back, then renamed; the one before stays as previous.pt.  At any
+        moment one of the two is whole.  It holds tensors, numbers, strings, lists and dicts alone:
+        torch.load's safe default reads it."""
         last = self.folder / "last.pt"
         content = io.BytesIO()                    # torch.save itself answers a full disk with a C++ assertion
         torch.save(state, content)
         with atomic_file(last) as temporary:
             temporary.write_bytes(content.getbuffer())
-            damaged = zipfile.ZipFile(temporary).testzip()            # a checkpoint is a zip file with a CRC for each member
+            damaged = zipfile.ZipFile(temporary).testzip()      # a checkpoint is a zip: a CRC for each member
             if damaged:
                 raise OSError(f"{damaged} does not read back as written")
             if last.exists():
@@ -195,39 +218,45 @@ class Run:
             try:
                 return load_checkpoint(file)
             except UserError as error:
-                self.say(f"!! {error}" + ("; going on from previous.pt, the one before" if file != files[-1] else ""))
+                more = "; going on from previous.pt, the one before" if file != files[-1] else ""
+                self.say(f"!! {error}{more}")
         if files:
             raise UserError(f"no checkpoint in {self.folder} can be read: start over with --fresh")
         return None
 
     def finite(self, step, value):
-        """False for a step to leave out because its loss or gradient is not finite; the third in a row ends the run."""
+        """False for a step to leave out because its loss or gradient is not finite; the
+        third in a row ends the run."""
         if math.isfinite(value):
             self.bad = 0
             return True
         self.bad, self.skipped = self.bad + 1, self.skipped + 1
         self.say(f"!! step {step}: the loss is not finite: step left out, {self.skipped} so far")
         if self.bad == 3:
-            raise UserError(f"the loss was not finite three times in a row, at step {step}; {self.folder}/last.pt is intact: "
-                            "lower the learning rate and use another --out, or go on from there by the same command")
+            raise UserError(f"the loss was not finite three times in a row, at step {step}; "
+                            f"{self.folder}/last.pt is intact: lower the learning rate and use another "
+                            "--out, or go on from there by the same command")
         return False
 
     def log(self, step, steps, show=True, **numbers):
         """A line of log.jsonl, and the same numbers on the progress line."""
         with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **numbers, "seconds": round(time.time() - self.began, 1)}) + "\n")
+            seconds = round(time.time() - self.began, 1)
+            file.write(json.dumps({"step": step, **numbers, "seconds": seconds}) + "\n")
         if show:
-            self.progress("step", step, steps, "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+            text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+            self.progress("step", step, steps, text)
 
     def progress(self, what, done, total, numbers=""):
         """One line, rewritten on a terminal, repeated every ten seconds in a log file."""
         now, last = time.time(), done == total
         if self.first is None:
-            self.first = (now, done) if done else (self.began, 0)     # a resumed run has not done the first steps now
+            self.first = (now, done) if done else (self.began, 0)    # resumed: the first steps are not of now
         if not last and now - self.printed < (0.2 if sys.stdout.isatty() else 10):
             return
         self.printed, rate = now, (now - self.first[0]) / max(done - self.first[1], 1)
-        line = f"{what} {done}/{total} {100 * done // max(total, 1)}%  {numbers}  {rate:.2f} s each  eta {clock(rate * (total - done))}"
+        percent, eta = 100 * done // max(total, 1), clock(rate * (total - done))
+        line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {eta}"
         if sys.stdout.isatty():
             print("\r" + line.ljust(self.width), end="\n" if last else "", flush=True)
             self.width = 0 if last else len(line)
@@ -240,6 +269,11 @@ class Run:
         self.width = 0
 
 
+# What a file that is no longer whole makes zipfile, pickle and torch raise
+DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile,
+          pickle.UnpicklingError, zlib.error)
+
+
 def load_checkpoint(file):
     """What Run.save wrote, verified, on the CPU."""
     try:
@@ -249,8 +283,9 @@ def load_checkpoint(file):
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file} is not there") from None
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError, zlib.error) as error:
-        raise UserError(f"{file} is damaged and cannot be read ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})") from None
+    except DAMAGE as error:
+        why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise UserError(f"{file} is damaged and cannot be read ({why})") from None
 
 
 def clock(seconds):
@@ -270,7 +305,7 @@ def remove(*paths):
             raise UserError(f"--fresh: cannot remove {path}: {error}") from None
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 def decode(image, mode):
     """A PIL image as 8 bits a channel in `mode`.  Pillow itself would clip 16-bit greys to white."""

@@ -1,14 +1,17 @@
 """
 ShapeNet's OBJ/MTL files in, whatever state they are in.
 
-ShapeNet was collected from the web: its files have negative indices, polygons, half-given texture coordinates, names with
-spaces, materials that are missing and textures that are somewhere else.  `load_obj` takes all of that, drops the faces that
-mean nothing and counts them in `mesh.notes`, and otherwise raises UserError with one sentence that names the file.
+ShapeNet was collected from the web: its files have negative indices, polygons, half-given texture
+coordinates, names with spaces, materials that are missing and textures that are somewhere else.  `load_obj`
+takes all of that, drops the faces that mean nothing and counts them in `mesh.notes`, and otherwise raises
+UserError with one sentence that names the file.
 
-Two simplifications make the renderer short.  Every material is a texture (a plain colour Kd is a texture of one texel), and
-all the textures of a mesh lie in one long row of texels, so that a lookup never asks which material it is in:
+Two simplifications make the renderer short.  Every material is a texture (a plain colour Kd is a
+texture of one texel), and all the textures of a mesh lie in one long row of texels, so that a lookup
+never asks which material it is in:
 
-    texels  ....aaaaaaaaaaaabbbbbbbbbbbbbbbbbbbc....       material m, texel (x, y):  texels[start[m] + y * width[m] + x]
+    texels  ....aaaaaaaaaaaabbbbbbbbbbbbbbbbbbbc....
+    texel (x, y) of material m:  texels[start[m] + y * width[m] + x]
 
 in   a path to an .obj file; its .mtl and its images are not followed out of the model's own folder
 out  Mesh
@@ -48,11 +51,13 @@ class Mesh:
     notes: list = field(default_factory=list)      # sentences: what was dropped or missing, and how often
 
     def to(self, device):
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def load_obj(path):
-    """All that ShapeNet's OBJ files do -> Mesh, in the file's own coordinates; or a UserError that names the file."""
+    """All that ShapeNet's OBJ files do -> Mesh, in the file's own coordinates; or a
+    UserError that names the file."""
     path = Path(path)
     # ShapeNet v2 keeps <model>/models/model_normalized.obj beside <model>/images/; v1 has all in one folder
     folder = Path(os.path.realpath(path.parent))
@@ -70,7 +75,8 @@ def load_obj(path):
             else:
                 materials = read_mtl(file, notes) | materials
 
-    # Two entries a material, its texture and its plain Kd: a face without texture coordinates takes the second
+    # Two entries a material, its texture and its plain Kd: a face without texture
+    # coordinates takes the second
     names = sorted(set(material_names), key=lambda name: name or "")
     textures, opened = [], {}
     for name in names:
@@ -90,8 +96,9 @@ def load_obj(path):
     uvs[~has_uvs] = 0
 
     shape = np.array([texture.shape[:2] for texture in textures])
-    distinct = {id(texture): texture for texture in textures}         # materials that share a texture share its texels
-    begin = dict(zip(distinct, np.cumsum([0] + [texture.shape[0] * texture.shape[1] for texture in distinct.values()])))
+    distinct = {id(texture): texture for texture in textures}         # a texture's materials share its texels
+    sizes = [texture.shape[0] * texture.shape[1] for texture in distinct.values()]
+    begin = dict(zip(distinct, np.cumsum([0] + sizes)))
     start = np.array([begin[id(texture)] for texture in textures])
     return Mesh(torch.from_numpy(vertices), torch.from_numpy(corners), torch.from_numpy(uvs),
                 torch.from_numpy(np.where(has_uvs, material, material + 1)),
@@ -110,10 +117,11 @@ def short(name):
     return repr(name if len(name) <= 80 else name[:80] + "...")
 
 
-# ---------------------------------------------------------------------------------------------------------- text in
+# ---------------------------------------------------------------------------------------------------- text in
 
 def read_lines(path):
-    """Lines as lists of words.  Bytes that are not UTF-8 survive (surrogateescape), so that names still match files."""
+    """Lines as lists of words.  Bytes that are not UTF-8 survive (surrogateescape), so that
+    names still match files."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not there" if not path.exists() else f"{path} is not a file")
@@ -143,8 +151,10 @@ def number(word):
 
 
 def read_obj(path, notes):
-    """-> vertices (N,3), uvs (M,2), corners (F,3), corner_uvs (F,3; -1: none), a material name a face, the mtllib lines"""
-    vertices, uvs, triangles, libraries, names = [], [], [], [], []         # triangle: face, 3 vertices, 3 uvs, material
+    """-> vertices (N,3), uvs (M,2), corners (F,3), corner_uvs (F,3; -1: none), a material name
+    a face, the mtllib lines"""
+    vertices, uvs, libraries, names = [], [], [], []
+    triangles = []                                   # each its face, 3 vertices, 3 uvs, its material
     faces, out_of_range, too_few, material = 0, 0, 0, -1
     for words in read_lines(path):
         keyword = words[0]
@@ -185,12 +195,14 @@ def read_obj(path, notes):
     vertices, uvs = np.array(vertices, np.float64).reshape(-1, 3), np.array(uvs, np.float64).reshape(-1, 2)
     face, *corners, material = np.array(triangles, np.int64).reshape(-1, 8).T
     corners, corner_uvs = np.stack(corners[:3], 1), np.stack(corners[3:], 1)
-    # Upper bounds are known only now: an index may point to a line further down.  A polygon goes whole or not at all
+    # Upper bounds are known only now: an index may point to a line further down.  A polygon
+    # goes whole or not at all
     good = ~np.isin(face, face[(corners >= len(vertices)).any(1) | (corner_uvs >= len(uvs)).any(1)])
     sound = (np.abs(vertices) < 1e30).all(1)         # False for nan too
     finite = good & ~np.isin(face, face[good][~sound[corners[good]].all(1)])
     count = lambda kept: len(np.unique(face[kept]))
-    for number_of, why in ((out_of_range + count(~good), "an index out of range"), (too_few, "fewer than 3 distinct corners"),
+    for number_of, why in ((out_of_range + count(~good), "an index out of range"),
+                           (too_few, "fewer than 3 distinct corners"),
                            (count(good & ~finite), "a vertex that is not finite")):
         if number_of:
             notes[f"{number_of} faces dropped, with {why}"] = 1
@@ -202,7 +214,8 @@ def read_obj(path, notes):
 
 @functools.lru_cache(1 << 16)                        # most words of a file stand in six faces
 def corner(word):
-    """`a`, `a/b`, `a//c` or `a/b/c` -> the integers of vertex and texture coordinate as written, 0 where there is none."""
+    """`a`, `a/b`, `a//c` or `a/b/c` -> the integers of vertex and texture coordinate as
+    written, 0 where there is none."""
     v, _, rest = word.partition("/")
     t = rest.partition("/")[0]
     v, t = int(v), int(t) if t else None
@@ -212,7 +225,8 @@ def corner(word):
 
 
 def read_mtl(path, notes):
-    """-> {name: (Kd, texture line or None)}.  Transparency (Tr, d) is ignored: exporters disagree about its direction."""
+    """-> {name: (Kd, texture line or None)}.  Transparency (Tr, d) is ignored: exporters
+    disagree about its direction."""
     materials, name = {}, None
     try:
         lines = list(read_lines(path))
@@ -235,8 +249,8 @@ def read_mtl(path, notes):
 
 
 def texture_name(words):
-    """The file's name after the options of a map line: each starts with `-` and takes words (-clamp on) or up to three
-    numbers (-s 1 1 1); the name may have spaces."""
+    """The file's name after the options of a map line: each starts with `-` and takes words (-clamp on) or up
+    to three numbers (-s 1 1 1); the name may have spaces."""
     words, numbers = list(words), {"-s", "-o", "-t", "-mm", "-bm", "-boost", "-texres"}
     while len(words) > 1 and re.fullmatch(r"-[a-z]+", words[0]):
         option, taken = words.pop(0), 0
@@ -249,12 +263,14 @@ def texture_name(words):
     return " ".join(words)
 
 
-# ------------------------------------------------------------------------------------------------------ files beside
+# ----------------------------------------------------------------------------------------------- files beside
 
 def find(name, beside, folder, notes):
-    """The file that an OBJ or MTL line means, or None: with either slash, in any case, in the folder beside or above.
+    """The file that an OBJ or MTL line means, or None: with either slash, in any case, in
+    the folder beside or above.
 
-    Whatever leaves the model's own folder is refused: `..` beyond it, an absolute path, a symbolic link out of it."""
+    Whatever leaves the model's own folder is refused: `..` beyond it, an absolute path, a
+    symbolic link out of it."""
     name = name.strip().strip('"').replace("\\", "/")
     if not name or "\0" in name:
         return None
@@ -263,7 +279,8 @@ def find(name, beside, folder, notes):
         return None
     for base in (Path(os.path.realpath(beside)), folder):   # ./images/a.png is often meant as ../images/a.png
         inside = Path(os.path.normpath(base / name)).is_relative_to(folder)
-        file = match_case(base, [part for part in name.split("/") if part not in ("", ".")]) if inside else None
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        file = match_case(base, parts) if inside else None
         if not inside and base != folder or file and not Path(os.path.realpath(file)).is_relative_to(folder):
             note(notes, f"{short(name)} leads out of the model's folder: refused")
             return None
@@ -279,7 +296,8 @@ def match_case(path, parts):
         try:
             if not exact.exists():
                 plain = lambda text: unicodedata.normalize("NFC", text).lower()
-                exact = next((entry for entry in sorted(path.iterdir()) if plain(entry.name) == plain(part)), None)
+                alike = (entry for entry in sorted(path.iterdir()) if plain(entry.name) == plain(part))
+                exact = next(alike, None)
         except OSError:                              # a part that is no folder, or a name that is too long
             return None
         if exact is None:
@@ -297,7 +315,8 @@ def read_texture(name, beside, folder, notes):
     try:
         with Image.open(file, formats=["PNG", "JPEG"]) as image:
             if image.width * image.height > MAX_PIXELS:
-                note(notes, f"texture {short(name)} is {image.width} x {image.height}: too large, its Kd instead")
+                size = f"{image.width} x {image.height}"
+                note(notes, f"texture {short(name)} is {size}: too large, its Kd instead")
                 return None
             image = decode(image, "RGBA" if "transparency" in image.info else "RGB").convert("RGB")
             if max(image.size) > MAX_SIDE:

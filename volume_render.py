@@ -1,19 +1,23 @@
 """
-From a volume and rays to a picture: emission-absorption volume rendering, the one renderer that every stage uses.
+From a volume and rays to a picture: emission-absorption volume rendering, the one
+renderer that every stage uses.
 
-A ray x(t) = origin + t direction passes through glowing fog of density sigma (per unit of length) and colour c.  What is
-left of the light from depth t is T(t) = exp(-integral of sigma up to t), so that the camera sees
+A ray x(t) = origin + t direction passes through glowing fog of density sigma (per unit of length) and colour
+c.  What is left of the light from depth t is T(t) = exp(-integral of sigma up to t), so that the camera sees
 
     colour = integral of  T(t) sigma(t) c(t) |direction| dt   +   (what is left at the end) * white
 
-Cut into bins of length d, with one density and one colour in each, the integral is exact and becomes a sum (Max 1995):
+Cut into bins of length d, with one density and one colour in each, the integral is exact
+and becomes a sum (Max 1995):
 
     tau_i = sigma_i d_i                optical depth of bin i
-    T_i   = exp(-sum_{j<i} tau_j)      what reaches the camera from bin i: j < i, not j <= i: a bin does not hide itself
+    T_i   = exp(-sum_{j<i} tau_j)      what reaches the camera from bin i: j < i, not j <= i: a bin does not
+                                       hide itself
     w_i   = T_i (1 - exp(-tau_i))      the share of the picture that bin i is
     colour = sum w_i c_i + (1 - alpha) white,      alpha = sum w_i,      depth = sum w_i t_i / alpha
 
-in   volume (B,C,D,H,W) of channels before activation; rays; a `field` that makes density and colour of looked-up channels
+in   volume (B,C,D,H,W) of channels before activation; rays; a `field` that makes density and colour of
+     looked-up channels
 out  rgb (B,R,3), alpha (B,R), depth (B,R)
 run  python volume_render.py        headphones made of solids -> runs/volume_render/*.png, and rays per second
 read camera_rays, cube, composite, render; then occupancy and lookup_sparse, which make empty space cheap.
@@ -45,7 +49,8 @@ class Config:
 def camera_rays(camera_to_world, intrinsics, size):
     """(...,4,4), (...,3,3), pixels a side -> origins (...,H*W,3), directions (...,H*W,3), row by row.
 
-    Directions are scaled to camera z = 1, so that the ray's t is the z-depth that rasterisers and depth maps speak of."""
+    Directions are scaled to camera z = 1, so that the ray's t is the z-depth that rasterisers
+    and depth maps speak of."""
     centre = torch.arange(size, device=camera_to_world.device, dtype=camera_to_world.dtype) + 0.5
     y, x = torch.meshgrid(centre, centre, indexing="ij")
     pixel = torch.stack([x, y, torch.ones_like(x)], -1).view(-1, 3)                     # (HW,3)
@@ -55,7 +60,8 @@ def camera_rays(camera_to_world, intrinsics, size):
 
 
 def cube(origins, directions, low=-0.5, high=0.5):
-    """Where rays enter and leave a box, ours is [-0.5, 0.5]^3 -> near, far (...,R); far = near for those that miss it."""
+    """Where rays enter and leave a box, ours is [-0.5, 0.5]^3 -> near, far (...,R); far = near
+    for those that miss it."""
     inverse = 1 / torch.where(directions.abs() < 1e-9, 1e-9, directions)
     a, b = (low - origins) * inverse, (high - origins) * inverse           # (...,R,3): the slabs of each axis
     near, far = torch.minimum(a, b).amax(-1).clamp(min=0), torch.maximum(a, b).amin(-1)
@@ -63,16 +69,19 @@ def cube(origins, directions, low=-0.5, high=0.5):
 
 
 def voxel_field(channels, position):
-    """The plainest field: the first channel is density, the next three are colour.  Interpolate first, then activate: a
-    sharp surface between two voxels can only come from a steep activation of an interpolated channel."""
+    """The plainest field: the first channel is density, the next three are colour.  Interpolate
+    first, then activate: a sharp surface between two voxels can only come from a steep activation of
+    an interpolated channel."""
     return F.softplus(channels[..., 0]), torch.sigmoid(channels[..., 1:4])
 
 
 def composite(sigma, rgb, length, t, background=1.0, transmittance="exclusive"):
-    """sigma (...,S), rgb (...,S,3), bin lengths (...,S) or (...,1), t (...,S) -> image (...,3), alpha (...), depth (...)"""
+    """sigma (...,S), rgb (...,S,3), bin lengths (...,S) or (...,1), t (...,S) -> image (...,3),
+    alpha (...), depth (...)"""
     tau = sigma * length                                                                # (...,S)
     through = tau.cumsum(-1) - (tau if transmittance == "exclusive" else 0)
-    # For the lesson: "inclusive" (j <= i), a common slip, dims a sample by itself; an opaque one gets no weight at all
+    # For the lesson: "inclusive" (j <= i), a common slip, dims a sample by itself; an opaque
+    # one gets no weight at all
     weight = torch.exp(-through) * -torch.expm1(-tau)                                   # (...,S)
     alpha = weight.sum(-1).clamp(max=1)                                          # rounding may reach 1 + 1e-6
     image = (weight[..., None] * rgb).sum(-2) + (1 - alpha)[..., None] * background
@@ -81,18 +90,22 @@ def composite(sigma, rgb, length, t, background=1.0, transmittance="exclusive"):
 
 
 def lookup(volume, position):
-    """Trilinear: volume (B,C,D,H,W), position (B,...,3) in the world -> (B,...,C); voxel centres at (i + 0.5)/N."""
+    """Trilinear: volume (B,C,D,H,W), position (B,...,3) in the world -> (B,...,C); voxel
+    centres at (i + 0.5)/N."""
     B, shape = len(position), position.shape[1:-1]
-    found = F.grid_sample(volume, 2 * position.view(B, -1, 1, 1, 3), align_corners=False, padding_mode="border")
+    points = 2 * position.view(B, -1, 1, 1, 3)                            # [-1, 1] is grid_sample's range
+    found = F.grid_sample(volume, points, align_corners=False, padding_mode="border")
     return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, -1)        # x, y, z is grid_sample's order too
 
 
-def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None, background=1.0,
-           transmittance="exclusive"):
-    """volume (B,C,D,H,W), origins and directions (B,R,3) -> rgb (B,R,3), alpha (B,R), depth (B,R; inf where alpha <= 0.01)
+def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None,
+           background=1.0, transmittance="exclusive"):
+    """volume (B,C,D,H,W), origins and directions (B,R,3) -> rgb (B,R,3), alpha (B,R), depth
+    (B,R; inf where alpha <= 0.01)
 
-    One sample in each of `samples` equal bins: at its centre, or with a `generator` anywhere in it (stratified: over a
-    training every depth is visited).  With `occupied`, see occupancy(), samples in empty space are not looked up."""
+    One sample in each of `samples` equal bins: at its centre, or with a `generator` anywhere in it
+    (stratified: over a training every depth is visited).  With `occupied`, see occupancy(), samples in empty
+    space are not looked up."""
     near, far = cube(origins, directions)
     step = ((far - near) / samples)[..., None]                                          # (B,R,1)
     u = torch.full((*near.shape, samples), 0.5, device=near.device) if generator is None else \
@@ -100,13 +113,14 @@ def render(volume, origins, directions, samples, field=voxel_field, generator=No
     t = near[..., None] + (torch.arange(samples, device=near.device) + u) * step        # (B,R,S)
     length = step * directions.norm(dim=-1, keepdim=True)
     if occupied is not None:
-        return render_sparse(volume, origins, directions, t, length, field, occupied, background, transmittance)
+        return render_sparse(volume, origins, directions, t, length, field, occupied,
+                             background, transmittance)
     position = origins[..., None, :] + t[..., None] * directions[..., None, :]          # (B,R,S,3)
     sigma, rgb = field(lookup(volume, position), position)
     return composite(sigma, rgb, length, t, background, transmittance)
 
 
-# ------------------------------------------------------------------------------------------- empty space costs nothing
+# ---------------------------------------------------------------------------------- empty space costs nothing
 
 def density(volume, field=voxel_field):
     """(B,C,D,H,W) -> (B,D,H,W): the density at the voxels' centres."""
@@ -120,28 +134,30 @@ def density(volume, field=voxel_field):
 def occupancy(volume, field=voxel_field):
     """(B,C,D,H,W) -> (B,D,H,W) bool: the cells where a sample can see anything.
 
-    A sample lies between eight voxel centres and its channels between theirs, so it is dense only if one of the eight is:
-    the cells around dense voxels, one in each direction, are all that need looking up."""
+    A sample lies between eight voxel centres and its channels between theirs, so it is dense only if one of
+    the eight is: the cells around dense voxels, one in each direction, are all that need looking up."""
     return F.max_pool3d((density(volume, field) > EMPTY)[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
 def render_sparse(volume, origins, directions, t, length, field, occupied, background, transmittance):
-    """What render() does, with the samples in unoccupied cells left out: first the rays that pass by the box around all that
-    is occupied, then runs of bins, by a coarse grid of blocks of 4^3 cells, then single bins.  Those kept are looked up and
-    put back among zeros, for the same composite()."""
+    """What render() does, with the samples in unoccupied cells left out: first the rays that pass by the box
+    around all that is occupied, then runs of bins, by a coarse grid of blocks of 4^3 cells, then single bins.
+    Those kept are looked up and put back among zeros, for the same composite()."""
     (B, R, S), N, device = t.shape, occupied.shape[-1], t.device
     hit = passes_box(occupied, origins, directions).view(-1).nonzero()[:, 0]                # (A,) of B*R
     owner, t, length = hit // R, t.view(-1, S)[hit], length.view(-1, 1)[hit]
     origins, directions = origins.reshape(-1, 3)[hit], directions.reshape(-1, 3)[hit]
 
-    # A run's middle is at most half a run from its ends: near enough for the dilated block it lies in to know of them
+    # A run's middle is at most half a run from its ends: near enough for the dilated block
+    # it lies in to know of them
     longest = max(1, int(2 * 4 / N * S / math.sqrt(3)))
     run = max(n for n in range(1, longest + 1) if S % n == 0)
     blocks = F.max_pool3d(F.max_pool3d(occupied[:, None].float(), 4, 4), 3, 1, 1)[:, 0] > 0  # (B,N/4,N/4,N/4)
     middle = (t[:, (run - 1) // 2::run] + t[:, run // 2::run]) / 2                          # (A,S/run)
     point = torch.addcmul(origins[:, None], middle[..., None], directions[:, None])
     a, g = is_in(blocks, owner[:, None], point).nonzero().unbind(1)              # (K,) the runs that are kept
-    point = torch.addcmul(origins[a, None], t.view(len(t), S // run, run)[a, g, :, None], directions[a, None])    # (K,run,3)
+    at = t.view(len(t), S // run, run)[a, g]                                                # (K,run)
+    point = torch.addcmul(origins[a, None], at[..., None], directions[a, None])             # (K,run,3)
     kept = is_in(occupied, owner[a, None], point)                                           # (K,run)
     target = ((a * S + g * run)[:, None] + torch.arange(run, device=device))[kept]          # (P,) of A*S
     point, owner = point[kept], owner[a, None].expand(-1, run)[kept]
@@ -178,22 +194,25 @@ def passes_box(occupied, origins, directions):
 def lookup_sparse(volume, position, owner):
     """position (P,3), each in the volume of object `owner` (P,), ascending -> (P,C).
 
-    grid_sample wants as many points for each volume: pad to the largest number.  On a CPU it runs parallel over volumes
-    alone, so that one volume is better looked up as two, with half of the points each."""
+    grid_sample wants as many points for each volume: pad to the largest number.  On a CPU it runs parallel
+    over volumes alone, so that one volume is better looked up as two, with half of the points each."""
     B = len(volume)
     if B == 1 and len(owner):
-        B, volume, owner = 2, volume.expand(2, *volume.shape[1:]), torch.arange(len(owner), device=owner.device) * 2 // len(owner)
+        half = torch.arange(len(owner), device=owner.device) * 2 // len(owner)
+        B, volume, owner = 2, volume.expand(2, *volume.shape[1:]), half
     counts = owner.bincount(minlength=B)
     slot = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-    padded = torch.zeros(B, max(int(counts.max()), 1), 3, device=position.device).index_put((owner, slot), position)
+    padded = torch.zeros(B, max(int(counts.max()), 1), 3, device=position.device)
+    padded = padded.index_put((owner, slot), position)
     return lookup(volume, padded)[owner, slot]
 
 
-# --------------------------------------------------------------------------------------------------- an example volume
+# ------------------------------------------------------------------------------------------ an example volume
 
 def headphones(resolution, sharpness):
-    """Two cups with cushions and a band, as an analytic volume (1,4,N,N,N): density grows with the depth below a surface,
-    which is a signed distance; colours are logits, since the field's sigmoid comes after the lookup."""
+    """Two cups with cushions and a band, as an analytic volume (1,4,N,N,N): density grows with the
+    depth below a surface, which is a signed distance; colours are logits, since the field's sigmoid
+    comes after the lookup."""
     centre = (torch.arange(resolution) + 0.5) / resolution - 0.5
     z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
     side = x.abs()                                                                 # the mirror plane is x = 0
@@ -215,7 +234,8 @@ def main(argv=None):
     device = pick_device(config.device)
     volume = headphones(config.resolution, config.sharpness).to(device)
     pose = camera_to_world_at(config.azimuth, config.elevation, 1.3).float().to(device)
-    origins, directions = camera_rays(pose[None], intrinsics_at(config.size, 131.25).float().to(device)[None], config.size)
+    intrinsics = intrinsics_at(config.size, 131.25).float().to(device)
+    origins, directions = camera_rays(pose[None], intrinsics[None], config.size)
     occupied = occupancy(volume)
     for name, cells in (("dense", None), ("empty space skipped", occupied)):
         times = []
@@ -224,10 +244,13 @@ def main(argv=None):
             rgb, alpha, depth = render(volume, origins, directions, config.samples, occupied=cells)
             rgb.sum().item()                                                   # a GPU answers when it is done
             times.append(time.perf_counter() - began)
-        print(f"{name:<20} {directions.shape[1] / min(times) / 1e6:6.2f} million rays per second, {config.samples} samples each")
-    picture = lambda values: (values.clamp(0, 1).view(config.size, config.size, -1) * 255).byte().expand(-1, -1, 3).cpu()
+        speed = directions.shape[1] / min(times) / 1e6
+        print(f"{name:<20} {speed:6.2f} million rays per second, {config.samples} samples each")
+    square = lambda values: values.clamp(0, 1).view(config.size, config.size, -1)
+    picture = lambda values: (square(values) * 255).byte().expand(-1, -1, 3).cpu()
     far, near = depth[depth.isfinite()].max(), depth[depth.isfinite()].min()
-    pictures = {"colour": picture(rgb), "opacity": picture(alpha), "depth": picture(1 - (depth - near) / (far - near) * 0.8)}
+    shade = 1 - (depth - near) / (far - near) * 0.8
+    pictures = {"colour": picture(rgb), "opacity": picture(alpha), "depth": picture(shade)}
     for name, pixels in pictures.items():
         save_picture(f"{config.out}/{name}.png", pixels)
     print(f"wrote {', '.join(f'{config.out}/{name}.png' for name in pictures)}: near is light in the depth")

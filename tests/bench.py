@@ -1,8 +1,9 @@
 """
-How fast is it?  A benchmark, not a test: it asserts nothing, and a noisy machine makes its numbers worse, never better.
+How fast is it?  A benchmark, not a test: it asserts nothing, and a noisy machine makes its
+numbers worse, never better.
 
-    python tests/bench.py               the rasteriser, on PyTorch3D's golden headphone and on spheres of many faces
-    python tests/bench.py --data        all of the default data too, from nothing to photos, in a temporary folder
+    python tests/bench.py           the rasteriser, on PyTorch3D's golden headphone and spheres of many faces
+    python tests/bench.py --data    all of the default data too, from nothing to photos, in a temporary folder
 
 Times are the best of many (milliseconds): the machine's noise only ever adds.
 """
@@ -32,13 +33,22 @@ def best(call, times=30):
 
 def sphere(n):
     """2 n^2 faces of one colour."""
-    theta, phi = torch.meshgrid(torch.linspace(0, math.pi, n + 1), torch.linspace(0, 2 * math.pi, n + 1), indexing="ij")
-    vertices = 0.45 * torch.stack([theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()], -1).view(-1, 3).double()
+    theta, phi = torch.linspace(0, math.pi, n + 1), torch.linspace(0, 2 * math.pi, n + 1)
+    theta, phi = torch.meshgrid(theta, phi, indexing="ij")
+    x, y, z = theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()
+    vertices = 0.45 * torch.stack([x, y, z], -1).view(-1, 3).double()
     i = (torch.arange(n)[:, None] * (n + 1) + torch.arange(n)).view(-1)
     faces = torch.cat([torch.stack([i, i + n + 1, i + 1], 1), torch.stack([i + 1, i + n + 1, i + n + 2], 1)])
     one = torch.ones(1, dtype=torch.long)
-    return Mesh(vertices, faces, torch.zeros(len(faces), 3, 2, dtype=torch.float64), torch.zeros(len(faces), dtype=torch.long),
-                torch.full((1, 3), 99, dtype=torch.uint8), one - 1, torch.ones(1, 2, dtype=torch.long), one > 1)
+    uvs = torch.zeros(len(faces), 3, 2, dtype=torch.float64)
+    material = torch.zeros(len(faces), dtype=torch.long)
+    texels = torch.full((1, 3), 99, dtype=torch.uint8)
+    return Mesh(vertices, faces, uvs, material, texels, one - 1, torch.ones(1, 2, dtype=torch.long), one > 1)
+
+
+def report(mesh, supersample, milliseconds):
+    samples = f"{supersample}x{supersample} samples"
+    print(f"rasterize {len(mesh.faces):>9,} faces, 128 px, {samples}   {milliseconds:7.1f} ms")
 
 
 def main():
@@ -49,11 +59,12 @@ def main():
     poses = stage.opencv_from_pytorch3d(views["R"], views["T"])
     pose, K = stage.camera_to_world_at(30, 20, 1.3), stage.intrinsics_at(128, 131.25)
     for supersample in (1, 2):
-        each = sum(best(lambda: stage.rasterize(headphone, poses[k], views["K"][k], 128, supersample)) for k in range(6)) / 6
-        print(f"rasterize {len(headphone.faces):>9,} faces, 128 px, {supersample}x{supersample} samples   {each:7.1f} ms")
+        each = [best(lambda: stage.rasterize(headphone, poses[k], views["K"][k], 128, supersample))
+                for k in range(6)]
+        report(headphone, supersample, sum(each) / 6)
     for n, times in ((224, 10), (708, 3)):
         mesh = sphere(n)
-        print(f"rasterize {len(mesh.faces):>9,} faces, 128 px, 1x1 samples   {best(lambda: stage.rasterize(mesh, pose, K, 128), times):7.1f} ms")
+        report(mesh, 1, best(lambda: stage.rasterize(mesh, pose, K, 128), times))
     if "--data" in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()

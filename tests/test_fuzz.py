@@ -1,4 +1,5 @@
-"""2,000 seeded mutations of OBJ, MTL, pose and intrinsics files: a valid result or one sentence of ours, in bounded time."""
+"""2,000 seeded mutations of OBJ, MTL, pose and intrinsics files: a valid result or one sentence
+of ours, in bounded time."""
 import math
 import random
 import shutil
@@ -21,11 +22,14 @@ f 1/1 2/2 3/3 4/4\nf 1/1/1 2/2/1 5/3/1
 usemtl plain paint
 f -4//1 -3//1 -1//1\nf 3 4 5\nf 4 1 \\\n 5
 """
-MTL = b"newmtl skin\nKd 0.8 0.5 .2\nmap_Kd -s 1 1 1 ../images/t.png\nnewmtl plain paint\nKd 1e-1 0.9 0.4\nTr 0.5\n"
-POSE = b"0.0 0.5 -0.8660254037844386 1.1258330249197703 1.0 0.0 0.0 0.0 0.0 -0.8660254037844386 -0.5 0.65 0.0 0.0 0.0 1.0\n"
+MTL = (b"newmtl skin\nKd 0.8 0.5 .2\nmap_Kd -s 1 1 1 ../images/t.png\n"
+       b"newmtl plain paint\nKd 1e-1 0.9 0.4\nTr 0.5\n")
+POSE = (b"0.0 0.5 -0.8660254037844386 1.1258330249197703 1.0 0.0 0.0 0.0 "
+        b"0.0 -0.8660254037844386 -0.5 0.65 0.0 0.0 0.0 1.0\n")
 INTRINSICS = b"32.8 16. 16. 0.\n0. 0. 0.\n1.\n32 32\n"
-TOKENS = [b"nan", b"inf", b"-1", b"0", b"1e400", b"1e29", b"-1e-320", b"99999999999999999999999", b"\\", b"\0", b"\n", b"\r", b" ", b"/", b"//", b"#",
-          b"f ", b"v ", b"vt ", b"usemtl ", b"mtllib ", b"map_Kd ", b"newmtl ", b"../", b"/etc/passwd", b"\xff\xfe", b"\xef\xbb\xbf", b"-s", b"1_0",
+TOKENS = [b"nan", b"inf", b"-1", b"0", b"1e400", b"1e29", b"-1e-320", b"99999999999999999999999",
+          b"\\", b"\0", b"\n", b"\r", b" ", b"/", b"//", b"#", b"f ", b"v ", b"vt ", b"usemtl ", b"mtllib ",
+          b"map_Kd ", b"newmtl ", b"../", b"/etc/passwd", b"\xff\xfe", b"\xef\xbb\xbf", b"-s", b"1_0",
           b"\xd9\xa3", b"f 1 2 3 4 5 1 2 3 4 5\n", b"f -1 -2 -3\n", b"v 1 2\n", b"A" * 5000]
 
 
@@ -66,7 +70,8 @@ def test_meshes(tmp_path):
             mesh, transform = stage.to_world(load_obj(folder / "models/model_normalized.obj"))
             rgb, coverage, depth = stage.rasterize(mesh, pose, K, 16)
             corners = mesh.vertices[mesh.faces]
-            assert corners.isfinite().all() and corners.abs().max() <= 0.5 + 1e-6 and transform.isfinite().all()
+            assert corners.isfinite().all() and corners.abs().max() <= 0.5 + 1e-6
+            assert transform.isfinite().all()
             assert rgb.isfinite().all() and 0 <= rgb.min() and rgb.max() <= 1 and not depth.isnan().any()
             assert all(isinstance(note, str) and "\n" not in note for note in mesh.notes)
             results["valid"] += 1
@@ -86,7 +91,8 @@ def test_cameras(tmp_path):
     generator, results = random.Random(1), {"valid": 0, "refused": 0}
     for k in range(600):
         (folder / "pose/000000.txt").write_bytes(mutate(POSE, generator, (1,), 2) if k % 2 else POSE)
-        (folder / "intrinsics.txt").write_bytes(INTRINSICS if k % 2 else mutate(INTRINSICS, generator, (1,), 2))
+        camera = INTRINSICS if k % 2 else mutate(INTRINSICS, generator, (1,), 2)
+        (folder / "intrinsics.txt").write_bytes(camera)
         try:
             _, _, poses, intrinsics, _ = stage.load_photos(tmp_path / "data", 32)
             rotation = poses[0, 0, :3, :3]

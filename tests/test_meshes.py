@@ -1,4 +1,5 @@
-"""Each thing that ShapeNet's files do, by a file that does it.  The square below is two triangles unless a test says else."""
+"""Each thing that ShapeNet's files do, by a file that does it.  The square below is two triangles
+unless a test says else."""
 import time
 
 import numpy as np
@@ -52,22 +53,29 @@ def test_polygons_become_fans(model):
 
 
 def test_mixed_corners(model):
-    mesh = model(SQUARE + "vn 0 0 1\nmtllib m.mtl\nusemtl a\nf 1/1 2 3\nf 1//1 2//1 3//1\nf 1/1/1 2/2/1 3/3/1\n",
+    mesh = model(SQUARE + "vn 0 0 1\nmtllib m.mtl\nusemtl a\n"
+                 "f 1/1 2 3\nf 1//1 2//1 3//1\nf 1/1/1 2/2/1 3/3/1\n",
                  "newmtl a\nKd 1 0 0\nmap_Kd ../images/t.png\n", t=GREEN)
     assert colours(mesh) == [RED, RED, GREEN]        # a face without all its texture coordinates takes the Kd
 
 
 @pytest.mark.parametrize("obj", [
-    SQUARE.replace(" ", "\t") + "f\t1\t2\t3\n", SQUARE.replace("\n", "\r\n") + "f 1 2 3\r\n", SQUARE.replace("\n", "\r") + "f 1 2 3",
-    "\ufeff" + SQUARE + "f 1 2 3", SQUARE + "f 1 \\\n 2 \\\n3\n", SQUARE + "# a path\\\nf 1 2 3\n", b"# caf\xe9 \xff\n" + SQUARE.encode() + b"g \xe9\nf 1 2 3",
-    SQUARE + "f 1 2 3 # a comment\n", "o x\ns off\ng a b\n" + SQUARE + "l 1 2\np 1\nvp 1 2\nf 1 2 3"],
-    ids=["tabs", "crlf", "cr", "bom", "continued", "comment-ending-in-backslash", "not-utf8", "comment-after", "other-keywords"])
+    pytest.param(SQUARE.replace(" ", "\t") + "f\t1\t2\t3\n", id="tabs"),
+    pytest.param(SQUARE.replace("\n", "\r\n") + "f 1 2 3\r\n", id="crlf"),
+    pytest.param(SQUARE.replace("\n", "\r") + "f 1 2 3", id="cr"),
+    pytest.param("\ufeff" + SQUARE + "f 1 2 3", id="bom"),
+    pytest.param(SQUARE + "f 1 \\\n 2 \\\n3\n", id="continued"),
+    pytest.param(SQUARE + "# a path\\\nf 1 2 3\n", id="comment-ending-in-backslash"),
+    pytest.param(b"# caf\xe9 \xff\n" + SQUARE.encode() + b"g \xe9\nf 1 2 3", id="not-utf8"),
+    pytest.param(SQUARE + "f 1 2 3 # a comment\n", id="comment-after"),
+    pytest.param("o x\ns off\ng a b\n" + SQUARE + "l 1 2\np 1\nvp 1 2\nf 1 2 3", id="other-keywords")])
 def test_lines(model, obj):
     assert model(obj).faces.tolist() == [[0, 1, 2]]
 
 
 def test_numbers(model):
-    mesh = model("v .5 1e-07 -1.E+2 1.0 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n")       # with a weight or colours after them
+    # With a weight or colours after them
+    mesh = model("v .5 1e-07 -1.E+2 1.0 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n")
     assert mesh.vertices[0].tolist() == [0.5, 1e-07, -100]
 
 
@@ -80,7 +88,8 @@ def test_material_names_with_spaces_and_bytes(model):
 
 def test_kd_missing_grey_numbers_or_wrong(model):
     mesh = model(SQUARE + "mtllib m.mtl\n" + "".join(f"usemtl {name}\nf 1 2 3\n" for name in "abcd"),
-                 "newmtl a\nKa 1 1 1\nnewmtl b\nKd .2\nnewmtl c\nKd spectral x.rfl\nnewmtl d\nKd 2 -1 0\nTr 1\nd 0\n")
+                 "newmtl a\nKa 1 1 1\nnewmtl b\nKd .2\nnewmtl c\nKd spectral x.rfl\n"
+                 "newmtl d\nKd 2 -1 0\nTr 1\nd 0\n")
     assert colours(mesh) == [(128,) * 3, (51,) * 3, (128,) * 3, RED]
 
 
@@ -98,15 +107,23 @@ def test_missing_mtl(model):
 def test_several_material_files(model):
     (model.folder / "models/n.mtl").write_text("newmtl b\nKd 0 1 0\nnewmtl a\nKd 0 0 1\n")
     (model.folder / "models/with space.mtl").write_text("newmtl c\nKd 0 0 1\n")
-    mesh = model(SQUARE + "mtllib m.mtl n.mtl\nmtllib with space.mtl\nusemtl a\nf 1 2 3\nusemtl b\nf 1 2 3\nusemtl c\nf 1 2 3\n",
+    mesh = model(SQUARE + "mtllib m.mtl n.mtl\nmtllib with space.mtl\n"
+                 "usemtl a\nf 1 2 3\nusemtl b\nf 1 2 3\nusemtl c\nf 1 2 3\n",
                  "newmtl a\nKd 1 0 0\n")
     assert colours(mesh) == [RED, GREEN, (0, 0, 255)] and mesh.notes == []
 
 
 @pytest.mark.parametrize("line", [
-    "map_Kd ../images/t.png", "map_Kd ../images/T.PNG", "map_Kd ..\\images\\t.png", "map_Kd ./images/t.png", "map_Kd images/t.png",
-    "map_Kd -s 1 1 1 ../images/t.png", "map_Kd -clamp on -o 0.5 0 -bm 2 ../images/t.png", 'map_Kd "../images/t.png"',
-    "MAP_KD ../Images/t.png", "map_Kd .././images//t.png"])
+    "map_Kd ../images/t.png",
+    "map_Kd ../images/T.PNG",
+    "map_Kd ..\\images\\t.png",
+    "map_Kd ./images/t.png",
+    "map_Kd images/t.png",
+    "map_Kd -s 1 1 1 ../images/t.png",
+    "map_Kd -clamp on -o 0.5 0 -bm 2 ../images/t.png",
+    'map_Kd "../images/t.png"',
+    "MAP_KD ../Images/t.png",
+    "map_Kd .././images//t.png"])
 def test_textures_are_found(model, line):
     mesh = model(SQUARE + "mtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\n", f"newmtl a\nKd 1 0 0\n{line}\n", t=GREEN)
     assert colours(mesh) == [GREEN] and mesh.notes == [] and mesh.textured[mesh.material].all()
@@ -114,23 +131,27 @@ def test_textures_are_found(model, line):
 
 def test_texture_name_with_spaces(model):
     Image.new("RGB", (2, 2), GREEN).save(model.folder / "images/my wood 1.png")
-    mesh = model(SQUARE + "mtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\n", "newmtl a\nmap_Kd -s 1 1 1 ../images/my wood 1.png\n")
+    mesh = model(SQUARE + "mtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\n",
+                 "newmtl a\nmap_Kd -s 1 1 1 ../images/my wood 1.png\n")
     assert colours(mesh) == [GREEN]
 
 
 def textured(model, line):
-    return model(SQUARE + "mtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\nf 1/1 3/3 4/4\n", f"newmtl a\nKd 1 0 0\nmap_Kd {line}\n")
+    return model(SQUARE + "mtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\nf 1/1 3/3 4/4\n",
+                 f"newmtl a\nKd 1 0 0\nmap_Kd {line}\n")
 
 
 def test_missing_texture_falls_back_to_kd_and_says_so_once(model):
     mesh = textured(model, "../images/gone.png")
-    assert colours(mesh) == [RED, RED] and mesh.notes == ["texture '../images/gone.png' is missing: its Kd instead"]
+    assert colours(mesh) == [RED, RED]
+    assert mesh.notes == ["texture '../images/gone.png' is missing: its Kd instead"]
 
 
 def test_broken_texture(model):
     Image.effect_noise((64, 64), 90).save(model.folder / "images/t.png")
     whole = (model.folder / "images/t.png").read_bytes()
-    for broken in (whole[:len(whole) // 2], whole[:20], b"", b"no image", whole[:60] + bytes(40) + whole[100:]):
+    damaged = whole[:60] + bytes(40) + whole[100:]
+    for broken in (whole[:len(whole) // 2], whole[:20], b"", b"no image", damaged):
         (model.folder / "images/t.png").write_bytes(broken)
         mesh = textured(model, "../images/t.png")
         assert colours(mesh) == [RED, RED] and len(mesh.notes) == 1 and "broken" in mesh.notes[0]
@@ -157,8 +178,8 @@ def test_paths_that_leave_the_folder_are_refused(model, tmp_path):
     (tmp_path / "secret.mtl").write_text("newmtl a\nKd 0 1 0\n")
     (model.folder / "images/link.png").symlink_to(secret)
     (model.folder / "images/dir").symlink_to(tmp_path)
-    for line in ("../../secret.png", str(secret), "../images/link.png", "../images/dir/secret.png", "..\\..\\secret.png",
-                 "C:\\secret.png", "../images/../../secret.png"):
+    for line in ("../../secret.png", str(secret), "../images/link.png", "../images/dir/secret.png",
+                 "..\\..\\secret.png", "C:\\secret.png", "../images/../../secret.png"):
         mesh = textured(model, line)
         assert colours(mesh) == [RED, RED] and "refused" in mesh.notes[0], line
     for line in ("../../secret.mtl", str(tmp_path / "secret.mtl")):
@@ -176,18 +197,22 @@ def test_links_inside_the_folder_are_followed(model, tmp_path):
 
 def test_uvs_far_outside_repeat(model):
     from render_shapenet import surface_colour
-    Image.fromarray(np.uint8([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [9, 9, 9]]])).save(model.folder / "images/t.png")
-    mesh = model("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt -7.75 12.75\nvt -7.25 12.25\nvt 0 1\nmtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\n",
+    pixels = np.uint8([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [9, 9, 9]]])
+    Image.fromarray(pixels).save(model.folder / "images/t.png")
+    mesh = model("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt -7.75 12.75\nvt -7.25 12.25\nvt 0 1\n"
+                 "mtllib m.mtl\nusemtl a\nf 1/1 2/2 3/3\n",
                  "newmtl a\nmap_Kd ../images/t.png\n")
     corners = surface_colour(mesh, torch.zeros(3, dtype=torch.long), torch.eye(3, dtype=torch.float64)) * 255
     assert corners.round().tolist() == [[250, 0, 0], [9, 9, 9], [250, 0, 0]]
 
 
 def test_bad_faces_are_dropped_and_counted(model):
-    mesh = model(SQUARE + "v nan 0 0\nv 0 inf 0\nv 1 2\nf 1 2 3\nf 1 2 99\nf 0 1 2\nf -9 1 2\nf 1/9 2/1 3/1\nf 1 1 2\nf 1 2\nf\nf a b c\n"
+    mesh = model(SQUARE + "v nan 0 0\nv 0 inf 0\nv 1 2\nf 1 2 3\nf 1 2 99\nf 0 1 2\nf -9 1 2\n"
+                 "f 1/9 2/1 3/1\nf 1 1 2\nf 1 2\nf\nf a b c\n"
                  "f 1 2 3 99\nf 1 2 5\nf 1 2 6\nf 1 2 7\nf 99999999999999999999999 1 2\nf 1 2 2 3\n")
     assert mesh.faces.tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert mesh.notes == ["8 faces dropped, with an index out of range", "2 faces dropped, with fewer than 3 distinct corners",
+    assert mesh.notes == ["8 faces dropped, with an index out of range",
+                          "2 faces dropped, with fewer than 3 distinct corners",
                           "3 faces dropped, with a vertex that is not finite"]
 
 
@@ -196,13 +221,17 @@ def test_an_index_may_point_further_down(model):
 
 
 @pytest.mark.parametrize("obj, why", [
-    ("", "not an OBJ file"), ("hello world\nthis is a letter\n", "not an OBJ file"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not an OBJ file"),
-    ("v 0 0 0\nv 1 0 0\n", "no face that can be used"), ("f 1 2 3\n", "no face that can be used"),
+    ("", "not an OBJ file"),
+    ("hello world\nthis is a letter\n", "not an OBJ file"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not an OBJ file"),
+    ("v 0 0 0\nv 1 0 0\n", "no face that can be used"),
+    ("f 1 2 3\n", "no face that can be used"),
     (SQUARE + "f 1 1 1\n", "1 faces dropped, with fewer than 3 distinct corners")])
 def test_what_is_no_model_is_one_sentence_that_names_the_file(model, obj, why):
     with pytest.raises(UserError) as error:
         model(obj)
-    assert why in str(error.value) and "model_normalized.obj" in str(error.value) and "\n" not in str(error.value)
+    said = str(error.value)
+    assert why in said and "model_normalized.obj" in said and "\n" not in said
 
 
 def test_too_large(model, monkeypatch):
@@ -231,8 +260,11 @@ def test_large_and_hostile_text_takes_bounded_time(model):
     began = time.monotonic()
     Image.new("RGB", (2048, 2048), GREEN).save(model.folder / "images/t.png")
     many = range(200)
-    mesh = model(SQUARE + "g " + "abc \\\n" * 200_000 + "\n" + "mtllib m.mtl\n" * 2000 + "mtllib gone{}.mtl\n" * 500 + "usemtl " + "x" * 100_000 + "\nf 1 2 3\n"
-                 + "".join(f"usemtl a{k}\nf 1/1 2/2 3/3\n" for k in many), "".join(f"newmtl a{k}\nmap_Kd ../images/t.png\n" for k in many))
+    libraries = "mtllib m.mtl\n" * 2000 + "mtllib gone{}.mtl\n" * 500
+    mesh = model(SQUARE + "g " + "abc \\\n" * 200_000 + "\n" + libraries
+                 + "usemtl " + "x" * 100_000 + "\nf 1 2 3\n"
+                 + "".join(f"usemtl a{k}\nf 1/1 2/2 3/3\n" for k in many),
+                 "".join(f"newmtl a{k}\nmap_Kd ../images/t.png\n" for k in many))
     assert len(mesh.texels) < 400_000 and len(mesh.notes) <= 21 and max(map(len, mesh.notes)) < 200
     with pytest.raises(UserError, match="triangles"):
         model(SQUARE + "f" + " 1" * (meshes.MAX_FACES + 9))

@@ -1,4 +1,5 @@
-"""Stage 0: the rasteriser against PyTorch3D's pictures, the cameras, the photos on disk, and what becomes of bad ones."""
+"""Stage 0: the rasteriser against PyTorch3D's pictures, the cameras, the photos on disk, and
+what becomes of bad ones."""
 import json
 import math
 import os
@@ -22,18 +23,20 @@ from meshes import Mesh, load_obj
 
 HERE = Path(__file__).parent
 GOLDEN = ("golden_boxes", "golden_headphone", "golden_uv_sphere")
-TINY = ["--objects", "2", "--val_objects", "0", "--test_objects", "1", "--views", "2", "--holdout_views", "1", "--size", "32",
-        "--workers", "1"]
+TINY = ["--objects", "2", "--val_objects", "0", "--test_objects", "1", "--views", "2", "--holdout_views", "1",
+        "--size", "32", "--workers", "1"]
 
 
 def golden(name):
-    return load_obj(HERE / f"golden/ShapeNetCore.v2/03261776/{name}/models/model_normalized.obj"), np.load(HERE / f"golden/{name}.npz")
+    model = load_obj(HERE / f"golden/ShapeNetCore.v2/03261776/{name}/models/model_normalized.obj")
+    return model, np.load(HERE / f"golden/{name}.npz")
 
 
 def mesh_of(vertices, faces, colours=((200, 0, 0),), material=None, textured=None):
     """A mesh of plain colours; `textured` claims which of them count as textures."""
     F, M = len(faces), len(colours)
-    return Mesh(torch.tensor(vertices, dtype=torch.float64), torch.tensor(faces), torch.zeros(F, 3, 2, dtype=torch.float64),
+    uvs = torch.zeros(F, 3, 2, dtype=torch.float64)
+    return Mesh(torch.tensor(vertices, dtype=torch.float64), torch.tensor(faces), uvs,
                 torch.tensor(material or [0] * F), torch.tensor(colours, dtype=torch.uint8), torch.arange(M),
                 torch.ones(M, 2, dtype=torch.long), torch.tensor(textured or [False] * M))
 
@@ -50,21 +53,25 @@ def test_golden(name):
         assert (mask == truth).all()
         error = np.abs((rgb.numpy() * 255).round() - views["rgb"][k])
         assert (error.max(-1)[truth] <= 2).mean() >= 0.995 and (error[~truth] == 0).all()
-        assert np.abs(depth.numpy() - views["depth"][k])[truth].max() < 1e-4 and np.isinf(depth.numpy()[~truth]).all()
+        assert np.abs(depth.numpy() - views["depth"][k])[truth].max() < 1e-4
+        assert np.isinf(depth.numpy()[~truth]).all()
 
 
 def test_against_a_plain_loop():
-    """Every pixel against every triangle, with textures, clipped by the frame, seen from within its extent."""
+    """Every pixel against every triangle, with textures, clipped by the frame, seen
+    from within its extent."""
     generator = torch.Generator().manual_seed(3)
     random = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)
     mesh = mesh_of((random(60, 3) * 1.6 - 0.8).tolist(), torch.arange(60).view(20, 3).tolist(), [(9, 9, 9)])
-    mesh = replace(mesh, texels=(random(12, 3) * 255).byte(), shape=torch.tensor([[3, 4]]), textured=torch.tensor([True]), uvs=random(20, 3, 2) * 0.6 + 0.2)
+    mesh = replace(mesh, texels=(random(12, 3) * 255).byte(), shape=torch.tensor([[3, 4]]),
+                   textured=torch.tensor([True]), uvs=random(20, 3, 2) * 0.6 + 0.2)
     pose, K, size = stage.camera_to_world_at(40, 25, 1.3), stage.intrinsics_at(24, 131.25), 24
     rgb, coverage, depth = stage.rasterize(mesh, pose, K, size)
     camera = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
     for row in range(size):
         for column in range(size):
-            ray = torch.tensor([(column + 0.5 - K[0, 2]) / K[0, 0], (row + 0.5 - K[1, 2]) / K[1, 1], 1.0], dtype=torch.float64)
+            ray = [(column + 0.5 - K[0, 2]) / K[0, 0], (row + 0.5 - K[1, 2]) / K[1, 1], 1.0]
+            ray = torch.tensor(ray, dtype=torch.float64)
             best = (math.inf, None, None)
             for face in range(20):
                 corners = camera[mesh.faces[face]]
@@ -81,20 +88,28 @@ def test_against_a_plain_loop():
 
 
 def wall(distance, clockwise=False):
-    """A triangle across the view of a camera on the +X axis, `distance` in front of the origin, facing it unless turned."""
+    """A triangle across the view of a camera on the +X axis, `distance` in front of the origin,
+    facing it unless turned."""
     corners = [[distance, -0.5, -0.4], [distance, 0.5, -0.4], [distance, 0, 0.4]]
     return corners[::-1] if clockwise else corners
 
 
 @pytest.mark.parametrize("first, second, winner, why", [
-    ((0.1, False, False), (0.0, False, True), 0, "nearer"), ((0.0, True, True), (0.00005, False, False), 1, "front-facing"),
-    ((0.00005, True, True), (0.0, False, False), 1, "front-facing, though farther"), ((0.0, False, False), (0.0, False, True), 1, "textured"),
-    ((0.00005, False, False), (0.0, False, True), 1, "textured, though farther"), ((0.0, False, False), (0.00005, False, False), 1, "exact depth"),
-    ((0.0, False, False), (0.0, False, False), 0, "index"), ((0.0003, True, False), (0.0, False, True), 0, "nearer by more than a tie")])
+    ((0.1, False, False), (0.0, False, True), 0, "nearer"),
+    ((0.0, True, True), (0.00005, False, False), 1, "front-facing"),
+    ((0.00005, True, True), (0.0, False, False), 1, "front-facing, though farther"),
+    ((0.0, False, False), (0.0, False, True), 1, "textured"),
+    ((0.00005, False, False), (0.0, False, True), 1, "textured, though farther"),
+    ((0.0, False, False), (0.00005, False, False), 1, "exact depth"),
+    ((0.0, False, False), (0.0, False, False), 0, "index"),
+    ((0.0003, True, False), (0.0, False, True), 0, "nearer by more than a tie")])
 def test_ties(first, second, winner, why):
-    """(distance, clockwise, textured) of two walls: front-facing, then textured, then exact depth, then index."""
-    mesh = mesh_of(wall(*first[:2]) + wall(*second[:2]), [[0, 1, 2], [3, 4, 5]], [(200, 0, 0), (0, 200, 0)], [0, 1], [first[2], second[2]])
-    rgb, coverage, _ = stage.rasterize(mesh, stage.camera_to_world_at(0, 0, 1.3), stage.intrinsics_at(32, 131.25), 32)
+    """(distance, clockwise, textured) of two walls: front-facing, then textured, then
+    exact depth, then index."""
+    mesh = mesh_of(wall(*first[:2]) + wall(*second[:2]), [[0, 1, 2], [3, 4, 5]],
+                   [(200, 0, 0), (0, 200, 0)], [0, 1], [first[2], second[2]])
+    pose, K = stage.camera_to_world_at(0, 0, 1.3), stage.intrinsics_at(32, 131.25)
+    rgb, coverage, _ = stage.rasterize(mesh, pose, K, 32)
     seen = rgb[coverage > 0]
     assert len(seen) > 100 and (seen[:, winner] > 0.7).all(), why
 
@@ -132,7 +147,8 @@ def test_huge_and_degenerate_triangles():
     pose, K = stage.camera_to_world_at(0, 0, 1.3), stage.intrinsics_at(64, 131.25)
     huge = mesh_of([[0, -1e6, -1e6], [0, 1e6, -1e6], [0, 0, 1e6]], [[0, 1, 2]])
     assert stage.rasterize(huge, pose, K, 64)[1].mean() == 1
-    nothing = mesh_of([[0, 0, 0], [0, 0.1, 0.1], [0, 0.2, 0.2], [5, 0, 0]], [[0, 1, 2], [0, 1, 1], [0, 1, 3]])  # line, point, behind us
+    nothing = mesh_of([[0, 0, 0], [0, 0.1, 0.1], [0, 0.2, 0.2], [5, 0, 0]],
+                      [[0, 1, 2], [0, 1, 1], [0, 1, 3]])                 # a line, a point, one behind us
     rgb, coverage, depth = stage.rasterize(nothing, pose, K, 64)
     assert coverage.sum() == 0 and (rgb == 1).all() and depth.isinf().all()
 
@@ -142,7 +158,8 @@ def test_cpu_and_gpu_agree():
     for name in GOLDEN:
         mesh, views = golden(name)
         pose = stage.opencv_from_pytorch3d(views["R"][0], views["T"][0])
-        cpu, gpu = (stage.rasterize(mesh.to(device), pose, views["K"][0], 128, 2) for device in ("cpu", "cuda"))
+        cpu, gpu = (stage.rasterize(mesh.to(device), pose, views["K"][0], 128, 2)
+                    for device in ("cpu", "cuda"))
         for a, b in zip(cpu, gpu):
             assert (a - b.cpu()).nan_to_num(0, 0, 0).abs().max() < 1e-4
 
@@ -159,7 +176,8 @@ def test_pytorch3d_cameras_become_ours():
 
 
 def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
-    """Through our matrices, through PyTorch3D's rows, through the OpenGL camera of transforms.json, and in the picture."""
+    """Through our matrices, through PyTorch3D's rows, through the OpenGL camera of
+    transforms.json, and in the picture."""
     generator, size, f = np.random.default_rng(5), 64, 65.625
     for _ in range(10):
         point = generator.uniform(-0.25, 0.25, 3)
@@ -167,7 +185,9 @@ def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
         x, y, z = pose[:3, :3].T @ (point - pose[:3, 3])
         ours = np.array([f * x / z + size / 2, f * y / z + size / 2])
 
-        R, T = pose[:3, :3] * [-1, -1, 1], -(pose[:3, 3] @ (pose[:3, :3] * [-1, -1, 1]))       # PyTorch3D: rows, +X left, +Y up
+        # PyTorch3D: rows, +X left, +Y up
+        R = pose[:3, :3] * [-1, -1, 1]
+        T = -(pose[:3, 3] @ R)
         assert np.abs(stage.opencv_from_pytorch3d(R, T).numpy() - pose).max() < 1e-12
         x, y, z = point @ R + T
         assert np.abs(ours - (size / 2 - f * x / z, size / 2 - f * y / z)).max() < 1e-9
@@ -175,17 +195,22 @@ def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
         shutil.rmtree(tmp_path / "pose", ignore_errors=True)
         (tmp_path / "pose").mkdir()
         (tmp_path / "pose/000000.txt").write_text(stage.numbers(pose))
-        (tmp_path / "intrinsics.txt").write_text(f"{f} {size / 2} {size / 2} 0.\n0. 0. 0.\n1.\n{size} {size}\n")
+        (tmp_path / "intrinsics.txt").write_text(
+            f"{f} {size / 2} {size / 2} 0.\n0. 0. 0.\n1.\n{size} {size}\n")
         stage.write_transforms(tmp_path)
         written = json.loads((tmp_path / "transforms.json").read_text())
-        x, y, z, _ = np.linalg.inv(written["frames"][0]["transform_matrix"]) @ [*point, 1]     # OpenGL: +Y up, looks along -Z
-        assert z < 0 and np.abs(ours - (written["cx"] + written["fl_x"] * x / -z, written["cy"] - written["fl_y"] * y / -z)).max() < 1e-4
+        # OpenGL: +Y up, looks along -Z
+        x, y, z, _ = np.linalg.inv(written["frames"][0]["transform_matrix"]) @ [*point, 1]
+        theirs = written["cx"] + written["fl_x"] * x / -z, written["cy"] - written["fl_y"] * y / -z
+        assert z < 0 and np.abs(ours - theirs).max() < 1e-4
         assert math.isclose(written["camera_angle_x"], 2 * math.atan(size / 2 / f))
 
-        speck = mesh_of((point + 0.02 * np.array([[-1, -1, -1], [1, -1, 1], [-1, 1, 1], [1, 1, -1]])).tolist(),
-                        [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]])
-        rows, columns = (stage.rasterize(speck, pose, stage.intrinsics_at(size, 131.25), size, 4)[1] > 0).nonzero(as_tuple=True)
-        assert abs(columns.double().mean() + 0.5 - ours[0]) < 0.6 and abs(rows.double().mean() + 0.5 - ours[1]) < 0.6
+        tetrahedron = 0.02 * np.array([[-1, -1, -1], [1, -1, 1], [-1, 1, 1], [1, 1, -1]])
+        speck = mesh_of((point + tetrahedron).tolist(), [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]])
+        coverage = stage.rasterize(speck, pose, stage.intrinsics_at(size, 131.25), size, 4)[1]
+        rows, columns = (coverage > 0).nonzero(as_tuple=True)
+        assert abs(columns.double().mean() + 0.5 - ours[0]) < 0.6
+        assert abs(rows.double().mean() + 0.5 - ours[1]) < 0.6
 
 
 def test_cameras_stand_upright_and_look_at_the_origin():
@@ -198,10 +223,12 @@ def test_cameras_stand_upright_and_look_at_the_origin():
 
 
 def test_to_world():
-    mesh = mesh_of([[2, 0, 0], [4, 0, 0], [2, 2, 0], [2, 0, 1], [99, 99, 99]], [[0, 1, 2], [0, 1, 3]])     # the last is in no face
+    mesh = mesh_of([[2, 0, 0], [4, 0, 0], [2, 2, 0], [2, 0, 1], [99, 99, 99]],         # the last in no face
+                   [[0, 1, 2], [0, 1, 3]])
     world, transform = stage.to_world(mesh)
     used = world.vertices[:4]
-    assert torch.allclose(used.amin(0), -used.amax(0)) and math.isclose((used.amax(0) - used.amin(0)).norm(), 1, rel_tol=1e-9)
+    low, high = used.amin(0), used.amax(0)
+    assert torch.allclose(low, -high) and math.isclose((high - low).norm(), 1, rel_tol=1e-9)
     assert (used[2] - used[0])[2] > 0.5 and (used[3] - used[0])[1] < -0.3            # Y goes up, Z towards us
     assert torch.allclose(mesh.vertices @ transform[:3, :3].T + transform[:3, 3], world.vertices)
     with pytest.raises(UserError, match="no extent"):
@@ -218,7 +245,8 @@ def photos(tmp_path_factory):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_layout(photos):
@@ -255,13 +283,16 @@ def test_reruns_are_byte_identical_and_resume_by_object(photos, tmp_path, capsys
 
 
 def test_ctrl_c_stops_between_objects_and_the_same_command_goes_on(photos, tmp_path):
-    command = [sys.executable, "render_shapenet.py", "--out", str(tmp_path), *TINY, "--objects", "400", "--workers", "2"]
-    process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "render_shapenet.py", "--out", str(tmp_path), *TINY,
+               "--objects", "400", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=HERE.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (tmp_path / "earphones_train/train_00001").is_dir() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=30)
-    assert process.returncode == 1 and "stopped by SIGINT" in message and "the same command goes on" in message and "Traceback" not in message
+    assert process.returncode == 1 and "Traceback" not in message
+    assert "stopped by SIGINT" in message and "the same command goes on" in message
     names = stage.load_photos(tmp_path / "earphones_train", 32)[-1]
     assert 2 <= len(names) < 400
     assert not list(tmp_path.rglob(".*.tmp"))
@@ -288,7 +319,8 @@ def test_cables_come_with_thin_and_fresh(tmp_path):
     faces = []
     for more in ([], ["--thin", "--fresh"]):
         stage.main(["--out", str(tmp_path), *TINY, "--objects", "1", "--test_objects", "0", *more])
-        faces.append(len(load_obj(tmp_path / "procedural/03261776/train_00000/models/model_normalized.obj").faces))
+        model = tmp_path / "procedural/03261776/train_00000/models/model_normalized.obj"
+        faces.append(len(load_obj(model).faces))
     assert faces[1] > faces[0]
 
 
@@ -305,10 +337,22 @@ def test_fresh_starts_over(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sise", "3"], "--sise"), (["--view", "3"], "--view"), (["--views", "many"], "--views"), (["--renderer", "opengl"], "--renderer"),
-    (["--views", "0"], "--views"), (["--shapenet", "/nowhere"], "/nowhere"), (["--device", "cuda:7"], "cuda"), (["--device", "meta"], "meta"),
-    (["--seed", "-1"], "--seed"), (["--val_objects", "-1"], "--val_objects"), (["--max_elevation", "95"], "--max_elevation"), (["--max_elevation", "nan"], "--max_elevation"),
-    (["--distance", "0.1"], "--distance"), (["--focal", "0"], "--focal"), (["--synset", "../x"], "--synset"), (["--holdout", "3"], "--holdout")])
+    (["--sise", "3"], "--sise"),
+    (["--view", "3"], "--view"),
+    (["--views", "many"], "--views"),
+    (["--renderer", "opengl"], "--renderer"),
+    (["--views", "0"], "--views"),
+    (["--shapenet", "/nowhere"], "/nowhere"),
+    (["--device", "cuda:7"], "cuda"),
+    (["--device", "meta"], "meta"),
+    (["--seed", "-1"], "--seed"),
+    (["--val_objects", "-1"], "--val_objects"),
+    (["--max_elevation", "95"], "--max_elevation"),
+    (["--max_elevation", "nan"], "--max_elevation"),
+    (["--distance", "0.1"], "--distance"),
+    (["--focal", "0"], "--focal"),
+    (["--synset", "../x"], "--synset"),
+    (["--holdout", "3"], "--holdout")])
 def test_flags_are_checked_by_name(arguments, message, tmp_path):
     if arguments[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -347,10 +391,16 @@ def shapenet(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("where, found", [("v2", 5), ("v2/ShapeNetCore.v2", 5), ("v2/ShapeNetCore.v2/03261776", 5), ("v1", 4), ("v1/03261776", 4)])
+@pytest.mark.parametrize("where, found", [
+    ("v2", 5),
+    ("v2/ShapeNetCore.v2", 5),
+    ("v2/ShapeNetCore.v2/03261776", 5),
+    ("v1", 4),
+    ("v1/03261776", 4)])
 def test_shapenet_is_found_and_a_broken_model_skipped(shapenet, where, found, capsys):
-    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / where), "--holdout", "1", *TINY[6:]])
-    train, test = (stage.load_photos(shapenet / f"out/earphones_{split}", 32)[-1] for split in ("train", "test"))
+    out = shapenet / "out"
+    stage.main(["--out", str(out), "--shapenet", str(shapenet / where), "--holdout", "1", *TINY[6:]])
+    train, test = (stage.load_photos(out / f"earphones_{split}", 32)[-1] for split in ("train", "test"))
     assert len(train) + len(test) == 4 and not set(train) & set(test)
     said = capsys.readouterr().out
     assert f"found {found} models" in said and f"{found - 4} skipped" in said
@@ -387,7 +437,8 @@ def test_names_that_are_not_utf_8(shapenet):
 
 def test_shapenet_errors(shapenet):
     with pytest.raises(UserError, match="holds no models of synset 03001627"):
-        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v2"), "--synset", "03001627"])
+        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v2"),
+                    "--synset", "03001627"])
     with pytest.raises(UserError, match="--holdout 5"):
         stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v2"), "--holdout", "5"])
 
@@ -402,7 +453,8 @@ def one(photos, tmp_path):
 
 def test_photos_come_back(photos):
     images, masks, poses, intrinsics, names = stage.load_photos(photos / "earphones_train", 32)
-    assert images.shape == (2, 3, 32, 32, 3) and images.dtype == masks.dtype == torch.uint8 and masks.shape == (2, 3, 32, 32)
+    assert images.shape == (2, 3, 32, 32, 3) and masks.shape == (2, 3, 32, 32)
+    assert images.dtype == masks.dtype == torch.uint8
     assert poses.shape == (2, 3, 4, 4) and names == ["train_00000", "train_00001"]
     assert np.array_equal(images[1, 2], Image.open(photos / "earphones_train/train_00001/rgb/000002.png"))
     assert intrinsics[0].tolist() == [[32.8125, 0, 16], [0, 32.8125, 16], [0, 0, 1]]
@@ -413,17 +465,20 @@ def test_photos_come_back(photos):
 
 
 def test_foreign_photos(one):
-    """As SRN's own: poses on one line or four, no masks, hidden files beside; RGBA from elsewhere, composited on white."""
+    """As SRN's own: poses on one line or four, no masks, hidden files beside; RGBA from
+    elsewhere, composited on white."""
     for folder in one.iterdir():
         shutil.rmtree(folder / "mask")
         (folder / "rgb/.DS_Store").write_text("x")
         pose = folder / "pose/000000.txt"
         words = pose.read_text().split()
         pose.write_text("\n".join(" ".join(words[4 * k:4 * k + 4]) for k in range(4)) + "\n")
-        (folder / "intrinsics.txt").write_text("131.25 64. 64. 0.\n0. 0. 0.\n1.\n128 128\n")   # of another size than the photos
+        # Of another size than the photos
+        (folder / "intrinsics.txt").write_text("131.25 64. 64. 0.\n0. 0. 0.\n1.\n128 128\n")
     (one / ".hidden").mkdir()
     images, masks, poses, intrinsics, _ = stage.load_photos(one, 32)
-    assert masks is None and intrinsics[0, 0, 0] == 32.8125 and torch.equal(poses[0, 0, 3], torch.tensor([0.0, 0, 0, 1]))
+    assert masks is None and intrinsics[0, 0, 0] == 32.8125
+    assert torch.equal(poses[0, 0, 3], torch.tensor([0.0, 0, 0, 1]))
     for path in one.glob("*/rgb/*.png"):
         rgb = np.array(Image.open(path))
         Image.fromarray(np.dstack([rgb, np.full((32, 32), 51, np.uint8)])).save(path)
@@ -445,7 +500,8 @@ def test_16_bit_greys_keep_their_values(one):
     for path in one.glob("*/mask/*.png"):
         grey = np.array(Image.open(path)).astype(np.uint16) * 257
         Image.fromarray(grey).save(path)
-    assert torch.equal(stage.load_photos(one, 32)[1], stage.load_photos(one, 32)[1]) and 0 < stage.load_photos(one, 32)[1].float().mean() < 100
+    masks = stage.load_photos(one, 32)[1]
+    assert torch.equal(masks, stage.load_photos(one, 32)[1]) and 0 < masks.float().mean() < 100
 
 
 def test_a_pipe_in_place_of_a_file_is_refused(one):
@@ -463,14 +519,24 @@ IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 {} 0 0 0 1"         # looks along +Z: to see t
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("pose/000001.txt", "1 2 3", "has 3 numbers"), ("pose/000001.txt", "", "has 0 numbers"), ("pose/000001.txt", "a " * 16, "cannot read"),
-    ("pose/000001.txt", IDENTITY.format("nan"), "not finite"), ("pose/000001.txt", IDENTITY.format("-0.2"), "inside the cube"),
+    ("pose/000001.txt", "1 2 3", "has 3 numbers"),
+    ("pose/000001.txt", "", "has 0 numbers"),
+    ("pose/000001.txt", "a " * 16, "cannot read"),
+    ("pose/000001.txt", IDENTITY.format("nan"), "not finite"),
+    ("pose/000001.txt", IDENTITY.format("-0.2"), "inside the cube"),
     ("pose/000001.txt", IDENTITY.format("-2").replace("1 0 0", "2 0 0", 1), "is no camera"),
-    ("pose/000001.txt", IDENTITY.format("-2").replace("1 0 0", "-1 0 0", 1), "is no camera"), ("pose/000001.txt", IDENTITY.format("-2")[:-1] + "3", "is no camera"),
-    ("pose/000001.txt", IDENTITY.format("1e300"), "absurdly large"), ("pose/000001.txt", IDENTITY.format("2"), "looks away.*OpenGL"),
-    ("intrinsics.txt", "32 0 16\n0 32 16\n0 0 1\n32 32", "wanted"), ("intrinsics.txt", "1e300 16 16 0.\n0. 0. 0.\n1.\n32 32", "absurdly large"),
-    ("intrinsics.txt", "", "cannot read|wanted"), ("intrinsics.txt", "5 5\n0\n1\n32 32", "wanted"), ("intrinsics.txt", "32 16 16 0.\n0. 0. 0.\n1.\n32 64", "wanted"),
-    ("rgb/000001.png", b"\x89PNG", "not a picture"), ("rgb/000001.png", b"", "not a picture"), ("mask/000002.png", b"no", "not a picture"),
+    ("pose/000001.txt", IDENTITY.format("-2").replace("1 0 0", "-1 0 0", 1), "is no camera"),
+    ("pose/000001.txt", IDENTITY.format("-2")[:-1] + "3", "is no camera"),
+    ("pose/000001.txt", IDENTITY.format("1e300"), "absurdly large"),
+    ("pose/000001.txt", IDENTITY.format("2"), "looks away.*OpenGL"),
+    ("intrinsics.txt", "32 0 16\n0 32 16\n0 0 1\n32 32", "wanted"),
+    ("intrinsics.txt", "1e300 16 16 0.\n0. 0. 0.\n1.\n32 32", "absurdly large"),
+    ("intrinsics.txt", "", "cannot read|wanted"),
+    ("intrinsics.txt", "5 5\n0\n1\n32 32", "wanted"),
+    ("intrinsics.txt", "32 16 16 0.\n0. 0. 0.\n1.\n32 64", "wanted"),
+    ("rgb/000001.png", b"\x89PNG", "not a picture"),
+    ("rgb/000001.png", b"", "not a picture"),
+    ("mask/000002.png", b"no", "not a picture"),
     ("rgb/000009.png", b"", "4 photos .* 3 cameras")])
 def test_bad_photos_are_one_sentence(one, file, content, message):
     spoil(one / "train_00001" / file, content)
@@ -500,7 +566,8 @@ def test_photos_of_several_sizes(one):
 
     for path in (one / "train_00000/rgb").iterdir():
         Image.new("RGB", (48, 48)).save(path)
-    with pytest.raises(UserError, match="train_00001 has 3 photos of 32 x 32 and .*train_00000 has 3 of 48 x 48"):
+    with pytest.raises(UserError,
+                       match="train_00001 has 3 photos of 32 x 32 and .*train_00000 has 3 of 48 x 48"):
         stage.load_photos(one, 32)
 
 

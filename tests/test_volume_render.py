@@ -26,10 +26,11 @@ def test_a_uniform_slab_obeys_beer_and_lambert(sigma, samples):
     origins, directions = camera()
     near, far = v.cube(origins, directions)
     rgb, alpha, depth = v.render(uniform(sigma, (0.2, 0.5, 0.9)), origins, directions, samples)
-    path = (far - near) * directions.norm(dim=-1)                       # the distance through the cube, not the difference in depth
+    path = (far - near) * directions.norm(dim=-1)       # the distance through the cube, not that in depth
     expected = 1 - torch.exp(-sigma * path)
     assert (alpha - expected).abs().max() < 1e-5
-    assert (rgb - (expected[..., None] * torch.tensor([0.2, 0.5, 0.9]) + (1 - expected[..., None]))).abs().max() < 1e-5
+    colour = torch.tensor([0.2, 0.5, 0.9])
+    assert (rgb - (expected[..., None] * colour + (1 - expected[..., None]))).abs().max() < 1e-5
     seen = alpha > 0.01
     assert (depth[seen] > near[seen]).all() and (depth[seen] < far[seen]).all() and depth[~seen].isinf().all()
 
@@ -66,7 +67,8 @@ def test_values_and_gradients_equal_a_plain_loop():
                     channels = channels + weight * volume[0, :, index[2], index[1], index[0]]
                 tau = F.softplus(channels[0]) * step * d.norm()
                 share = left * (1 - torch.exp(-tau))
-                colour, opacity, left = colour + share * torch.sigmoid(channels[1:]), opacity + share, left * torch.exp(-tau)
+                colour, opacity = colour + share * torch.sigmoid(channels[1:]), opacity + share
+                left = left * torch.exp(-tau)
             pixels.append(torch.cat([colour + left, torch.as_tensor(opacity).view(1)]))
         return torch.stack(pixels)
 
@@ -88,7 +90,8 @@ def test_opacity_stays_within_0_and_1():
     volume = torch.randn(2, 4, 8, 8, 8, generator=generator) * 300
     origins, directions = (t.expand(2, -1, -1) for t in camera())
     rgb, alpha, _ = v.render(volume, origins, directions, 32, generator=generator)
-    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6 and rgb.min() >= 0 and rgb.max() <= 1 + 1e-6 and alpha.max() > 0.99
+    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6 and alpha.max() > 0.99
+    assert rgb.min() >= 0 and rgb.max() <= 1 + 1e-6
 
 
 def test_splitting_bins_changes_nothing():
@@ -129,7 +132,8 @@ def test_rays_go_through_their_pixels():
 
 
 def test_axes_are_z_y_x():
-    """A light in the voxel of largest z is seen at the top by a level camera; of largest x, by its own camera alone."""
+    """A light in the voxel of largest z is seen at the top by a level camera; of largest x,
+    by its own camera alone."""
     volume = torch.full((1, 4, 8, 8, 8), -20.0)
     volume[0, 0, 7, 3:5, 3:5] = 50.0
     origins, directions = camera(32, 0, 0)
@@ -141,7 +145,8 @@ def test_axes_are_z_y_x():
 
 @pytest.mark.parametrize("samples, generator", [(64, None), (48, 5), (37, None), (6, 6)])
 def test_skipping_empty_space_changes_nothing(samples, generator):
-    volumes = torch.cat([v.headphones(32, 2000.0), v.headphones(32, 2000.0).flip(2), torch.full((1, 4, 32, 32, 32), -30.0)])
+    example = v.headphones(32, 2000.0)
+    volumes = torch.cat([example, example.flip(2), torch.full((1, 4, 32, 32, 32), -30.0)])
     volumes.requires_grad_()
     origins, directions = (torch.cat([a, b, a]) for a, b in zip(camera(24), camera(24, 200, -30)))
     results = []
@@ -159,9 +164,11 @@ def test_one_sample_is_looked_up_where_it_is():
     volume = torch.randn(3, 5, 4, 4, 4, generator=torch.Generator().manual_seed(4))
     position = torch.rand(50, 3, generator=torch.Generator().manual_seed(5)) - 0.5
     owner = torch.tensor([0] * 20 + [2] * 30)
-    expected = torch.stack([v.lookup(volume[o][None], p.view(1, 1, 3))[0, 0] for o, p in zip(owner, position)])
+    expected = torch.stack([v.lookup(volume[o][None], p.view(1, 1, 3))[0, 0]
+                            for o, p in zip(owner, position)])
     assert (v.lookup_sparse(volume, position, owner) - expected).abs().max() < 1e-6
-    assert (v.lookup_sparse(volume[:1], position, owner * 0) - v.lookup(volume[:1], position[None])[0]).abs().max() < 1e-6
+    alone = v.lookup_sparse(volume[:1], position, owner * 0)
+    assert (alone - v.lookup(volume[:1], position[None])[0]).abs().max() < 1e-6
 
 
 def test_the_example_runs(tmp_path, capsys):
@@ -177,6 +184,7 @@ def test_cpu_and_gpu_agree():
         results = []
         for device in ("cpu", "cuda"):
             moved = volume.to(device)
-            results.append(v.render(moved, origins.to(device), directions.to(device), 64, occupied=v.occupancy(moved) if skip else None))
+            occupied = v.occupancy(moved) if skip else None
+            results.append(v.render(moved, origins.to(device), directions.to(device), 64, occupied=occupied))
         for a, b in zip(*results):
             assert (a - b.cpu()).nan_to_num(0, 0, 0).abs().max() < 1e-4
