@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import (Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device, remove,
+from common import (Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device,
                     save_picture)
 from volume_render import camera_rays, density, occupancy, render
 
@@ -551,10 +551,8 @@ def main(argv=None):
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
                         "object, of which at least one is to be held out to measure by, and one to train on")
     train_views, test_views = torch.arange(count).split([count - config.holdout_views, config.holdout_views])
-    if config.fresh:
-        ours = ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")
-        remove(*(Path(config.out, name) for name in ours))
-    run = Run(config.out, config, RECIPE)
+    ours = ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")
+    run = Run(config.out, config, RECIPE, stale=[Path(config.out, name) for name in ours] if config.fresh else ())
 
     torch.manual_seed(config.seed)
     model = Autodecoder(config, len(photos.names)).to(device)

@@ -145,13 +145,36 @@ class Run:
     """What surrounds every long loop: the recipe that may not change halfway, checkpoints, resume, signals
     that only raise a flag, the guard against NaN, log.jsonl and the progress line."""
 
-    def __init__(self, folder, config, recipe, name="config.json"):
-        """recipe: the names of the config's fields that whatever is in the folder already must agree with."""
+    def __init__(self, folder, config, recipe, name="config.json", stale=()):
+        """recipe: the names of the config's fields that whatever is in the folder already must agree with;
+        stale: what to throw away first, for --fresh."""
         self.folder, self.config, self.stopping = Path(folder), asdict(config), None
         self.began, self.first, self.printed, self.width = time.time(), None, 0.0, 0     # the progress line's
         self.bad, self.skipped = 0, 0                                                    # the guard's
-        wanted = {field: value for field, value in self.config.items() if field in recipe}
-        file = self.folder / name
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
+        self._lock(f".{name}.lock")
+        remove(*stale)
+        self._check(self.folder / name, {key: self.config[key] for key in recipe})
+
+    def _lock(self, name):
+        """One run a folder.  The lock goes with its process, however that dies."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / name, "w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error}") from None
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                                     # Windows: no such lock
+            pass
+        except OSError:
+            raise UserError(f"another run is writing to {self.folder} now: "
+                            "wait for it, or use another --out") from None
+
+    def _check(self, file, wanted):
+        """The recipe that the folder was begun with, against today's."""
         if file.exists():
             try:
                 found = dict(json.loads(file.read_text()))
@@ -165,17 +188,6 @@ class Run:
                                     "use the same value, another --out, or start over with --fresh")
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
-        self.lock = open(self.folder / f".{name}.lock", "w")
-        try:
-            import fcntl                                   # the lock goes with its process, however that dies
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                                           # Windows: no such lock
-            pass
-        except OSError:
-            raise UserError(f"another run is writing to {self.folder} now: "
-                            "wait for it, or use another --out") from None
 
     def __enter__(self):
         """Around the loop alone: Ctrl-C and SIGTERM only set `stopping`, which the loop

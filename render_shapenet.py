@@ -39,7 +39,7 @@ from PIL import Image
 
 import earphones
 from common import (Run, UserError, atomic_file, atomic_folder, decode, grid, parse_config, pick_device,
-                    remove, save_picture)
+                    save_picture)
 from meshes import load_obj
 
 
@@ -664,11 +664,10 @@ def main(argv=None):
     if any(path.exists() for path in splits.values()) and not recipe.exists():
         raise UserError(f"{config.out} already holds {category} photos that this program did not write: "
                         "use another --out")
-    if config.fresh:
-        remove(*splits.values(), recipe, *([] if config.shapenet else [Path(config.out, "procedural")]))
+    stale = [*splits.values(), recipe, *([] if config.shapenet else [Path(config.out, "procedural")])]
     # Where a copy of ShapeNet lies may change; that it is one may not
     source = "ShapeNet" if config.shapenet else ""
-    run = Run(config.out, replace(config, shapenet=source), RECIPE, recipe.name)
+    run = Run(config.out, replace(config, shapenet=source), RECIPE, recipe.name, stale if config.fresh else ())
 
     todo = [(job, folder) for job, folder in zip(jobs, folders) if not folder.is_dir()]
     if len(todo) < len(jobs):

@@ -340,4 +340,4 @@ def test_a_full_disk_is_one_sentence_and_the_good_checkpoint_stays(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL.format(root=str(ROOT), out=str(tmp_path))], capture_output=True, text=True)
     assert done.returncode == 1 and "cannot write" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert common.load_checkpoint(tmp_path / "last.pt")["step"] == 1
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "last.pt"]
+    assert sorted(os.listdir(tmp_path)) == [".config.json.lock", "config.json", "last.pt"]

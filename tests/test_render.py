@@ -497,11 +497,11 @@ def test_an_opaque_alpha_channel_is_no_mask(one):
 
 
 def test_16_bit_greys_keep_their_values(one):
+    before = stage.load_photos(one, 32)[1]
     for path in one.glob("*/mask/*.png"):
         grey = np.array(Image.open(path)).astype(np.uint16) * 257
         Image.fromarray(grey).save(path)
-    masks = stage.load_photos(one, 32)[1]
-    assert torch.equal(masks, stage.load_photos(one, 32)[1]) and 0 < masks.float().mean() < 100
+    assert torch.equal(stage.load_photos(one, 32)[1], before)
 
 
 def test_a_pipe_in_place_of_a_file_is_refused(one):
