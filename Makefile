@@ -4,7 +4,7 @@ PYTHON ?= python3
 help:
 	@echo "make demo    set up, then make the earphones, photograph them and show what to look at"
 	@echo "make test    set up, then run the tests"
-	@echo "make bench   set up, then measure speeds (rasteriser)"
+	@echo "make bench   set up, then measure the rasteriser's speed"
 	@echo "make clean   remove .venv; data/ and runs/ are yours and stay"
 
 .venv/ready: requirements.txt constraints.txt
