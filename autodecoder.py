@@ -363,7 +363,7 @@ def fit_codes(model, photos, views, config, device):
     recipe = replace(model.config, rays=config.rays, batch_views=len(views))
     fitted, cast = [], fast_precision(model.config, device)
     for objects in torch.arange(len(photos.names)).split(8):
-        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)  # code = mean + deviation z
+        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)    # in deviations
         optimizer = torch.optim.Adam([z], config.fit_lr)
         for step in range(config.fit_steps):
             share = (1 + math.cos(math.pi * step / config.fit_steps)) / 2
@@ -552,7 +552,8 @@ def main(argv=None):
                         "object, of which at least one is to be held out to measure by, and one to train on")
     train_views, test_views = torch.arange(count).split([count - config.holdout_views, config.holdout_views])
     ours = ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")
-    run = Run(config.out, config, RECIPE, stale=[Path(config.out, name) for name in ours] if config.fresh else ())
+    stale = [Path(config.out, name) for name in ours] if config.fresh else ()
+    run = Run(config.out, config, RECIPE, stale=stale)
 
     torch.manual_seed(config.seed)
     model = Autodecoder(config, len(photos.names)).to(device)
@@ -590,8 +591,9 @@ def main(argv=None):
                     latent = latent + config.latent_noise * noise
                 volume = model.to_volume(latent)
             skip_empty = step >= config.dense_steps
-            loss, photo, alpha = reconstruction_loss(model, volume, batch, config, on_device(generator, device),
-                                                     skip_empty, photos.has_masks)
+            jitter = on_device(generator, device)
+            loss, photo, alpha = reconstruction_loss(model, volume, batch, config, jitter, skip_empty,
+                                                     photos.has_masks)
             loss = loss + config.code_decay * model.codes.square().mean()
             if config.smoothness:
                 loss = loss + config.smoothness * total_variation(volume)
@@ -642,16 +644,16 @@ def fit(config, device):
     count = photos.rgb.shape[1]
     given = config.views or count - 8
     if not 1 <= given < count:
-        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, and at least "
-                        "one is wanted to measure by")
+        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, and at "
+                        "least one is wanted to measure by")
     began = time.time()
     codes = fit_codes(model, photos, torch.arange(given), config, device)
     seconds = (time.time() - began) / len(codes)
     others = torch.arange(max(given, count - 8), count)
     everything = range(len(codes))
     rows = measure(model, codes, photos, everything, others, device, mean_photo(photos, torch.arange(count)))
-    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in {seconds:.1f} "
-          f"s, measured on {len(others)} others")
+    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in "
+          f"{seconds:.1f} s, measured on {len(others)} others")
     print(table(rows, photos.kinds()))
     shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
     path = Path(config.out, f"fit_{given}_views.png")

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common import grid, parse_config, pick_device, save_picture
+from common import parse_config, pick_device, save_picture
 
 EMPTY = 0.02         # densities below this are empty space: the whole cube of it would have an opacity of 3 %
 

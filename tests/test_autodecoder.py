@@ -203,7 +203,7 @@ def test_fit_finds_codes_of_unseen_objects(data, trained, capsys):
     for views in ("1", "2"):
         stage.main([*SMOKE, "--out", str(trained), "--fit", str(data / "earphones_test"), "--views", views, "--fit_objects", "0"])
         said = capsys.readouterr().out
-        assert f"2 unseen objects" in said and f"{views} photos each" in said and (trained / f"fit_{views}_views.png").exists()
+        assert "2 unseen objects" in said and f"{views} photos each" in said and (trained / f"fit_{views}_views.png").exists()
 
 
 def test_fit_recovers_a_known_code(data):

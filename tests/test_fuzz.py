@@ -1,12 +1,8 @@
 """2,000 seeded mutations of OBJ, MTL, pose and intrinsics files: a valid result or one sentence
 of ours, in bounded time."""
-import math
 import random
-import shutil
 import time
 
-import numpy as np
-import pytest
 import torch
 from PIL import Image
 
