@@ -60,10 +60,10 @@ class Config:
     transmittance: str = "exclusive"     # exclusive | inclusive: the second is a common slip, for the lesson
     dense_steps: int = 200               # then empty space is skipped: until then shapes may be born anywhere
     # training
-    steps: int = 3600                    # gradient steps
+    steps: int = 6000                    # gradient steps
     batch_objects: int = 8               # objects a step
     batch_views: int = 30                # photos of each object that a step draws its rays from
-    rays: int = 1024                     # rays a step and object
+    rays: int = 8192                     # rays a step, shared by its objects
     foreground: float = 0.5              # share of the rays drawn near the object; the others from anywhere
     decoder_lr: float = 8e-3             # Adam's, at its highest
     code_lr: float = 1e-2                # the codes'
@@ -89,12 +89,12 @@ class Config:
     fit_decay: float = 1e-3              # pull towards the training codes' mean; matters with few views
 
 
-GPU = dict(size=128, channels="128,64,32", rays=4096, batch_objects=8, samples=96, steps=12000,
+GPU = dict(size=128, channels="128,64,32", rays=32768, batch_objects=8, samples=96, steps=12000,
            dense_steps=1000, code_width=256, preview_every=2000, save_every=1000)
 PRESETS = {
     "cpu": {},
     "gpu": GPU,
-    "smoke": dict(size=32, objects=4, steps=40, channels="16", code_width=16, rays=256, batch_objects=2,
+    "smoke": dict(size=32, objects=4, steps=40, channels="16", code_width=16, rays=512, batch_objects=2,
                   samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5, fit_steps=5,
                   fit_objects=2),
     # What knobs can express of the paper's notebook; not its cropped 90-degree camera, nor its dead ReLU
@@ -292,7 +292,8 @@ def draw_batch(photos, config, views, generator, objects=None):
     the rays are drawn where the object is: most of a photo is white, and soon has nothing left to teach."""
     if objects is None:
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
-    B, R, n, o = len(objects), config.rays, photos.size, objects[:, None]
+    B, n, o = len(objects), photos.size, objects[:, None]
+    R = config.rays // B
     seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]   # (B,V)
     view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]    # (B,R)
     u = torch.rand(B, R, generator=generator, dtype=torch.float64)

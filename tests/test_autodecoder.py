@@ -113,7 +113,7 @@ def test_planes_summed_into_a_volume_are_planes():
 def test_batches_are_the_photos(data):
     """Each ray of a batch, sent through the whole-photo rays, is the pixel that it claims to be; half are near the object."""
     photos = stage.Photos(data / "earphones_train", 32)
-    config = replace(stage.Config(), rays=200, batch_objects=2)
+    config = replace(stage.Config(), rays=400, batch_objects=2)
     views = torch.arange(4)
     objects, origins, directions, colour, opacity = stage.draw_batch(photos, config, views, torch.Generator().manual_seed(0))
     assert len(set(objects.tolist())) == 2 and (opacity[:, :100] > 0).float().mean() > 2 * (opacity[:, 100:] > 0).float().mean()
@@ -209,7 +209,7 @@ def test_fit_finds_codes_of_unseen_objects(data, trained, capsys):
 def test_fit_recovers_a_known_code(data):
     """Photos rendered by the model itself, of a code that it was not given: the fit must explain views that it did not see."""
     torch.manual_seed(0)
-    config = replace(stage.Config(), channels="16,16", code_width=8, samples=24, rays=256, fit_steps=60, precision="float32")
+    config = replace(stage.Config(), channels="16,16", code_width=8, samples=24, rays=512, fit_steps=60, precision="float32")
     model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
     model.codes *= 30                               # an untrained decoder, driven hard, makes coloured clouds
     photos = stage.Photos(data / "earphones_train", 32, 1)
@@ -284,6 +284,7 @@ class Config:
     out: str = ""
 run = Run({out!r}, Config(), ())
 state = {{"step": 0, "x": torch.arange(200_000.)}}
+run.save(state)                                       # the first kill may come before the child's first
 while True:                                           # one warm parent; each child saves until it is killed
     line = sys.stdin.readline()
     if not line:
