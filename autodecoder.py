@@ -84,8 +84,8 @@ class Config:
     fit: str = ""                        # a folder of unseen objects: fit their codes, train nothing
     views: int = 2                       # photos of each that the fit sees; 0: all but 8; others measure it
     fit_objects: int = 24                # how many of the folder's objects; 0: all
-    fit_steps: int = 150                 # gradient steps for each batch of codes
-    fit_lr: float = 3e-2                 # Adam's, on codes in units of the training codes' deviation
+    fit_steps: int = 400                 # gradient steps for each batch of codes
+    fit_lr: float = 0.1                  # Adam's, on codes in units of the training codes' deviation
     fit_decay: float = 1e-3              # pull towards the training codes' mean; matters with few views
 
 

@@ -100,7 +100,7 @@ def lookup(volume, position):
     B, shape = len(position), position.shape[1:-1]
     points = 2 * position.view(B, -1, 1, 1, 3)                            # [-1, 1] is grid_sample's range
     found = F.grid_sample(volume, points, align_corners=False, padding_mode="border")
-    return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, -1)        # x, y, z is grid_sample's order too
+    return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, volume.shape[1])     # x, y, z: its order too
 
 
 def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None,

@@ -1,0 +1,577 @@
+"""
+Stage 2 of 3: diffuse the latents.  Learn to take noise off the latent volumes z_i = G1(e_i) of stage 1, at every
+noise level sigma:
+
+    min over D    mean_{i, sigma, n} | D(z_i + sigma n, sigma) - z_i |^2,      n ~ N(0, I)
+
+A denoiser that can do this points from any noise towards the latents (Tweedie: the score of the noised data is
+(D(x, sigma) - x) / sigma^2), so that following it from pure noise ends at a latent: a new object, decoded by G2.
+
+in   runs/autodecoder/last.pt        stage 1's codes and decoder
+out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, histogram.png
+run  python diffusion.py                               then: python sample.py
+     python diffusion.py --denoiser unet --out runs/unet
+     python diffusion.py --formulation ddpm --out runs/ddpm        the paper's
+     python diffusion.py --preset smoke --autodecoder runs/smoke --out runs/smoke_diffusion
+read Config, RobustNorm, Levels, EDM and DDPM side by side, MLP, UNet, main.
+"""
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from autodecoder import (Attention, decode, load_autodecoder, new_figure, render_view, save_figure, save_preview)
+from common import Run, UserError, load_checkpoint, parse_config, pick_device
+from render_shapenet import camera_to_world_at, intrinsics_at
+
+
+@dataclass
+class Config:
+    autodecoder: str = "runs/autodecoder"  # stage 1's folder
+    out: str = "runs/diffusion"          # folder for the model, the log and the pictures
+    # the latents
+    normalization: str = "robust"        # robust | robust_global | meanstd | none: before the diffusion
+    mix: float = 0.5                     # share of a batch that is G1 of mixtures of 2-3 codes; 0: copies
+    mixtures: int = 2048                 # how many such mixtures there are
+    among: int = 8                       # codes are mixed with so many nearest ones; 0: any with any
+    components: int = 256                # the MLP's: principal components it works in; 0: the bare numbers
+    holdout: int = 0                     # latents kept aside, to watch their loss
+    patience: int = 0                    # end when that loss has not fallen for so many previews; 0: never
+    # the denoiser
+    denoiser: str = "mlp"                # mlp | unet: the paper's, or 3DADM's
+    width: int = 1024                    # of the MLP
+    layers: int = 3                      # of the MLP, hidden ones
+    channels: str = "48,96"              # of the U-Net's levels, each halving the resolution
+    embedding: int = 64                  # sines and cosines of the noise level
+    # noise
+    formulation: str = "edm"             # edm | ddpm: 3DADM's, or the paper's
+    power: float = 0.0
+    low: float = 0.1                     # the least sigma, in deviations of the latents
+    # training
+    steps: int = 4000                    # gradient steps
+    batch: int = 256                     # latents a step
+    lr: float = 1e-3                     # Adam's, at its highest
+    ema: float = 0.999                   # of the weights that sample; ramps up to this
+    seed: int = 0                        # of the weights, the mixtures and the batches
+    device: str = "auto"                 # auto, cpu or cuda
+    # housekeeping
+    log_every: int = 20                  # steps between log lines
+    preview_every: int = 1000            # steps between previews
+    save_every: int = 500                # steps between checkpoints
+    fresh: bool = False                  # throw away what is in --out and start over
+
+
+PRESETS = {
+    "cpu": {},
+    "gpu": dict(steps=20000, batch=1024, preview_every=5000, save_every=2000),
+    "smoke": dict(steps=20, batch=16, mixtures=32, components=8, width=32, layers=1, preview_every=10,
+                  save_every=10, log_every=5),
+    "unet": dict(denoiser="unet", batch=16, steps=1200, preview_every=300, save_every=200),
+    "paper": dict(formulation="ddpm"),
+    "3dadm": dict(denoiser="unet", channels="128,384", batch=64, steps=50000, normalization="robust_global",
+                  lr=4.5e-4),
+}
+FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "steps_of_sampling")
+RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
+TIMES = 1000                       # DDPM's steps
+
+
+# ------------------------------------------------------------------------------------------------- the latents
+
+class RobustNorm(nn.Module):
+    """(latent - centre - median) / (0.7413 x inter-quartile range).  The centre is the mean object, voxel by voxel;
+    median and range are taken over what is left, per channel or over all.  Latents are bell-shaped with long
+    tails, and a deviation would be made by the tails; 0.7413 x the range is a bell's deviation."""
+
+    def __init__(self, shape, spatial=3):
+        super().__init__()
+        ones = (*shape[:-spatial], *[1] * spatial)                                 # a number per channel
+        self.spatial = spatial
+        self.register_buffer("centre", torch.zeros(shape))
+        self.register_buffer("shift", torch.zeros(ones))
+        self.register_buffer("scale", torch.ones(ones))
+
+    def fit(self, latents, how="robust"):
+        """latents (N,C,r,r,r)"""
+        if how == "none":
+            return self
+        self.centre.copy_(latents.mean(0))
+        left = (latents - self.centre).transpose(0, 1) if self.spatial == 3 else \
+            (latents - self.centre).permute(1, 2, 0, 3, 4)
+        values = left.flatten(len(self.shift.shape) - self.spatial)                # (C,N r^3)
+        if how == "robust_global":
+            values = values.reshape(1, -1)
+        if how == "meanstd":
+            shift, scale = values.mean(-1), values.std(-1)
+        else:
+            ordered = values.sort(-1).values
+            at = lambda share: ordered[..., round(share * (ordered.shape[-1] - 1))]
+            shift, scale = at(0.5), 0.7413 * (at(0.75) - at(0.25))
+        expand = lambda x: x.view(-1, *[1] * (self.shift.dim() - 1)) if how == "robust_global" else \
+            x.view_as(self.shift)
+        self.shift.copy_(expand(shift).expand_as(self.shift))
+        self.scale.copy_(expand(scale.clamp(min=1e-6)).expand_as(self.scale))
+        return self
+
+    def normalize(self, latents):
+        return (latents - self.centre - self.shift) / self.scale
+
+    def denormalize(self, numbers):
+        return numbers * self.scale + self.shift + self.centre
+
+
+@torch.no_grad()
+def code_mixtures(codes, count, generator, among=0):
+    """(count,width): convex mixtures of two or three codes in random shares; of any, or of the `among` nearest
+    to one: a bud and a headphone have no half-way."""
+    N = len(codes)
+    first = torch.randint(N, (count, 1), generator=generator)
+    others = torch.randint(among or N, (count, 2), generator=generator)
+    if among:
+        others = torch.cdist(codes, codes).argsort(1).cpu()[first, others]         # the nearest is itself
+    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()       # uniform on the triangle
+    share[::2, 2] = 0                                                              # every other one: of two
+    share = (share / share.sum(1, keepdim=True)).to(codes.device)
+    return (share[..., None] * codes[torch.cat([first, others], 1).to(codes.device)]).sum(1)
+
+
+@torch.no_grad()
+def latents_of(model, codes):
+    return torch.cat([model.to_latent(part).float() for part in codes.split(64)])
+
+
+def fingerprint(model):
+    """A number that tells one trained autodecoder from another."""
+    return float(sum(p.double().abs().sum() for p in model.parameters()))
+
+
+# -------------------------------------------------------------------------------------------- the noise levels
+
+def posterior_entropy(points, sigmas, generator, draws=64):
+    """points (N,K) -> for each sigma, how unsure the ideal denoiser is which of the points it sees: the entropy of
+    p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2), 0 to 1 (all N alike), averaged over noised points x."""
+    points = points.double()
+    values, vectors = torch.linalg.eigh(points @ points.T)            # only the span of the points matters
+    points = vectors * values.clamp(min=0).sqrt()                                  # (N,N)
+    noise = torch.randn(draws, *points.shape, generator=generator, dtype=torch.float64)
+    result = []
+    for sigma in sigmas:
+        x = points + sigma * noise                                                 # (draws,N,N)
+        distance = torch.cdist(x, points.expand(draws, -1, -1)).square()
+        p = torch.softmax(-distance / (2 * sigma ** 2), -1)
+        result.append(-(p * p.clamp(min=1e-300).log()).sum(-1).mean() / math.log(len(points)))
+    return torch.stack(result)
+
+
+def choose_levels(points, low, generator):
+    """points (N,K) -> log_sigma (256,), cdf (256,), entropy (256,): where to train and to sample.
+
+    Below some sigma it is certain which object is under the noise, above another all are alike; what a sample
+    will be is chosen between.  Half of the levels go there, as the entropy's slope, half evenly (in log sigma)
+    over all: the noise that is left must be cleared away too."""
+    spread = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))     # the widest way
+    log_sigma = torch.linspace(math.log(low), math.log(4 * spread), 256, dtype=torch.float64)
+    coarse = log_sigma[::8]
+    entropy = posterior_entropy(points, coarse.exp(), generator)
+    at = torch.linspace(0, len(coarse) - 1, 256, dtype=torch.float64)
+    below = at.long().clamp(max=len(coarse) - 2)
+    entropy = entropy[below].lerp(entropy[below + 1], at - below)
+    slope = F.pad(entropy.diff().clamp(min=0), (1, 0))
+    density = slope / slope.sum().clamp(min=1e-9) + 1 / 256
+    cdf = density.cumsum(0) - density[0]
+    return log_sigma, cdf / cdf[-1], entropy
+
+
+# ---------------------------------------------------------- two formulations, function by function: EDM, then DDPM
+
+def precondition(sigma, deviation):
+    """c_skip, c_out, c_in of Karras et al. 2022, table 1: the network's input and target have unit variance at
+    every sigma.  `deviation` is theirs sigma_data, here one for each number where the numbers are principal
+    components: c_skip x is then the best *linear* denoiser, and the network learns what is not linear."""
+    total = (sigma ** 2 + deviation ** 2).sqrt()
+    return deviation ** 2 / total ** 2, sigma * deviation / total, 1 / total
+
+
+def edm_loss(denoiser, z, noise, u):
+    """z and noise (B,...), u (B,) in [0, 1): the level's place -> squared errors (B,)"""
+    sigma = per_item(denoiser.sigma(u), z)
+    c_skip, c_out, c_in = precondition(sigma, denoiser.deviation)
+    x = z + sigma * noise
+    target = (z - c_skip * x) / c_out
+    error = denoiser.network(c_in * x, sigma.flatten().log() / 4) - target
+    return (error.square() * denoiser.importance).flatten(1).mean(1)
+
+
+def edm_denoise(denoiser, x, sigma):
+    """x (B,...) noised by sigma (a number) -> the mean of the latents it can have come from"""
+    c_skip, c_out, c_in = precondition(sigma, denoiser.deviation)
+    return c_skip * x + c_out * denoiser.network(c_in * x, (sigma.log() / 4).expand(len(x)))
+
+
+def edm_sample(denoiser, generators, shape, steps):
+    """Heun's method on dx/dsigma = (x - D(x, sigma)) / sigma  (Karras et al., algorithm 1)"""
+    sigmas = denoiser.sigma(torch.linspace(1, 0, steps, device=denoiser.deviation.device))
+    x = draw(generators, shape, denoiser) * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
+    for k, sigma in enumerate(sigmas):
+        after = sigmas[k + 1] if k + 1 < steps else torch.zeros_like(sigma)
+        slope = (x - edm_denoise(denoiser, x, sigma)) / sigma
+        ahead = x + (after - sigma) * slope
+        if after > 0:                                                              # the second half of Heun's
+            slope = (slope + (ahead - edm_denoise(denoiser, ahead, after)) / after) / 2
+        x = x + (after - sigma) * slope
+    return x
+
+
+def ddpm_schedule(shift):
+    """alpha_bar (TIMES,) of Ho et al. 2020, linear betas, made for numbers of unit deviation; `shift` times as much
+    noise at each t for latents that keep their secret up to larger sigmas: SNR / shift^2."""
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64)).cumprod(0)
+    return alpha_bar / (alpha_bar + shift ** 2 * (1 - alpha_bar))
+
+
+def ddpm_loss(denoiser, z, noise, u):
+    """The network predicts the noise  (Ho et al., equation 14)."""
+    alpha_bar = per_item(denoiser.alpha_bar[(u * TIMES).long()], z)
+    x = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
+    error = ddpm_noise(denoiser, x, alpha_bar) - noise
+    return error.square().flatten(1).mean(1)
+
+
+def ddpm_noise(denoiser, x, alpha_bar):
+    """x (B,...), alpha_bar (B,...) -> the noise in x, as the network sees it, x scaled to unit variance"""
+    scale = (alpha_bar * denoiser.deviation ** 2 + 1 - alpha_bar).rsqrt()
+    sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+    return denoiser.network(scale * x, sigma.flatten().log() / 4)
+
+
+def ddpm_sample(denoiser, generators, shape, steps=TIMES):
+    """Ancestral sampling  (Ho et al., algorithm 2; fewer steps skip times evenly)"""
+    times = torch.linspace(TIMES - 1, 0, steps).round().long().tolist()
+    x = draw(generators, shape, denoiser)
+    for k, t in enumerate(times):
+        now = denoiser.alpha_bar[t]
+        before = denoiser.alpha_bar[times[k + 1]] if k + 1 < steps else torch.ones_like(now)
+        noise = ddpm_noise(denoiser, x, now.expand(len(x), *[1] * (x.dim() - 1)))
+        x, spread = ddpm_step(x, noise, now, before)
+        if k + 1 < steps:
+            x = x + spread * draw(generators, shape, denoiser)
+    return x
+
+
+def ddpm_step(x, noise, now, before):
+    """-> mean and deviation of q(x before | x now, z), z = what x is without the noise  (equations 6 and 7)"""
+    z = (x - (1 - now).sqrt() * noise) / now.sqrt()
+    beta = 1 - now / before
+    mean = (before.sqrt() * beta * z + (now / before).sqrt() * (1 - before) * x) / (1 - now)
+    return mean, (beta * (1 - before) / (1 - now)).sqrt()
+
+
+def per_item(values, like):
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def draw(generators, shape, denoiser):
+    """Noise from each sample's own generator: a sample is the same in any batch, and on any device."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(denoiser.deviation.device)
+
+
+# ------------------------------------------------------------------------------------------------ two denoisers
+
+def noise_embedding(level, width):
+    """level (B,) -> (B,width): sines and cosines at wavelengths from 2 pi / 100 to 100 x that, in geometric steps"""
+    frequency = 100.0 ** torch.linspace(1, 0, width // 2, device=level.device)
+    angle = level[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class MLP(nn.Module):
+    """The paper's: the numbers and the embedding of the noise level, concatenated."""
+
+    def __init__(self, numbers, config):
+        super().__init__()
+        self.embedding = config.embedding
+        self.enter = nn.Linear(numbers + config.embedding, config.width)
+        hidden = lambda: nn.Sequential(nn.LayerNorm(config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.hidden = nn.ModuleList([hidden() for _ in range(config.layers)])
+        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.SiLU(), nn.Linear(config.width, numbers))
+        nn.init.zeros_(self.leave[-1].weight)
+
+    def forward(self, x, level):
+        h = self.enter(torch.cat([x.flatten(1), noise_embedding(level, self.embedding)], 1))
+        for layer in self.hidden:
+            h = h + layer(h)
+        return self.leave(h).view_as(x)
+
+
+class Residual(nn.Module):
+    """Two convolutions around a skip; the noise level scales and shifts what is between them."""
+
+    def __init__(self, inner, outer, embedding):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, inner), nn.GroupNorm(1, outer)
+        self.conv1, self.conv2 = nn.Conv3d(inner, outer, 3, padding=1), nn.Conv3d(outer, outer, 3, padding=1)
+        self.level = nn.Linear(embedding, 2 * outer)
+        self.skip = nn.Conv3d(inner, outer, 1) if inner != outer else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, level):
+        scale, shift = self.level(level)[..., None, None, None].chunk(2, 1)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class UNet(nn.Module):
+    """3DADM's: down to coarse levels, where every voxel can ask every other, and up again."""
+
+    def __init__(self, numbers, config):
+        super().__init__()
+        widths, e = [int(width) for width in config.channels.split(",")], 4 * config.embedding
+        self.embedding = config.embedding
+        self.level = nn.Sequential(nn.Linear(config.embedding, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
+        self.enter = nn.Conv3d(numbers, widths[0], 3, padding=1)
+        inner = [widths[0], *widths]
+        self.down = nn.ModuleList([Residual(inner[k], width, e) for k, width in enumerate(widths)])
+        self.middle, self.attention = Residual(widths[-1], widths[-1], e), Attention(widths[-1])
+        self.up = nn.ModuleList([Residual(widths[min(k + 1, len(widths) - 1)] + width, width, e)
+                                 for k, width in enumerate(widths)])
+        self.leave = nn.Sequential(nn.GroupNorm(1, widths[0]), nn.SiLU(), nn.Conv3d(widths[0], numbers, 3, padding=1))
+        nn.init.zeros_(self.leave[-1].weight)
+
+    def forward(self, x, level):
+        level = self.level(noise_embedding(level, self.embedding))
+        h, kept = self.enter(x.contiguous(memory_format=torch.channels_last_3d)), []
+        for k, block in enumerate(self.down):
+            h = block(F.avg_pool3d(h, 2) if k else h, level)
+            kept.append(h)
+        h = self.attention(self.middle(h, level))
+        for k in reversed(range(len(self.up))):
+            h = self.up[k](torch.cat([h, kept[k]], 1), level)
+            h = F.interpolate(h, scale_factor=2) if k else h
+        return self.leave(h)
+
+
+class Denoiser(nn.Module):
+    """A network, and what it needs to know of the latents: how they are normalised, the principal components that
+    the MLP works in, their deviation, and the noise levels."""
+
+    def __init__(self, config, shape, components=0):
+        super().__init__()
+        self.config, self.shape = config, tuple(shape)
+        self.norm = RobustNorm(shape, 3 if len(shape) == 4 else 2)
+        total = math.prod(shape)
+        self.register_buffer("basis", torch.zeros(components, total))
+        self.register_buffer("deviation", torch.ones(components or 1))
+        self.register_buffer("log_sigma", torch.zeros(256, dtype=torch.float64))
+        self.register_buffer("cdf", torch.linspace(0, 1, 256, dtype=torch.float64))
+        self.register_buffer("alpha_bar", torch.ones(TIMES, dtype=torch.float64))
+        self.register_buffer("importance", torch.ones(components or 1))
+        self.network = MLP(components or total, config) if config.denoiser == "mlp" else UNet(shape[0], config)
+
+    def fit(self, latents, mixtures, generator):
+        """Everything but the network's weights, from the latents (N,...) and those of mixtures (M,...)"""
+        self.norm.fit(latents, self.config.normalization)
+        if len(self.basis):
+            self.basis.copy_(principal(self.norm.normalize(torch.cat([latents, mixtures])).flatten(1),
+                                       len(self.basis)))
+        z = self.encode(latents)
+        rms = z.square().mean().sqrt()
+        if len(self.basis):
+            self.deviation.copy_(self.encode(torch.cat([latents, mixtures])).square().mean(0).sqrt().clamp(min=1e-3))
+            self.importance.copy_((self.deviation / self.deviation.square().mean().sqrt()) ** self.config.power)
+            self.importance /= self.importance.mean()
+        else:
+            self.deviation.fill_(rms)
+        whole = self.norm.normalize(latents).square().mean().sqrt().item()         # sigma_data, measured
+        log_sigma, cdf, entropy = choose_levels(z.flatten(1), self.config.low * whole, generator)
+        self.log_sigma.copy_(log_sigma)
+        self.cdf.copy_(cdf)
+        # DDPM's noise at half time is put where the choice is half made
+        middle = log_sigma[(entropy - 0.5).abs().argmin()].exp()
+        usual = ddpm_schedule(1)[TIMES // 2]
+        self.alpha_bar.copy_(ddpm_schedule(middle / ((1 - usual) / usual).sqrt()))
+        return entropy
+
+    def sigma(self, u):
+        """Places in [0, 1] -> noise levels, dense where the cdf is steep"""
+        u = u.to(self.cdf)
+        k = torch.searchsorted(self.cdf, u.contiguous()).clamp(1, 255)
+        share = (u - self.cdf[k - 1]) / (self.cdf[k] - self.cdf[k - 1])
+        return self.log_sigma[k - 1].lerp(self.log_sigma[k], share).exp().float()
+
+    def encode(self, latents):
+        """(B,C,r,r,r) -> what is diffused: (B,K) components or (B,C,r,r,r)"""
+        z = self.norm.normalize(latents)
+        return z.flatten(1) @ self.basis.T if len(self.basis) else z
+
+    def decode(self, z):
+        z = (z @ self.basis).view(-1, *self.shape) if len(self.basis) else z
+        return self.norm.denormalize(z)
+
+
+def principal(rows, count):
+    """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
+    rows = rows.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    top = vectors[:, -count:].flip(1)
+    return F.normalize(top.T @ rows, dim=1).float()
+
+
+@torch.no_grad()
+def sample(denoiser, seeds, steps=18):
+    """One latent for each seed, the same in any batch -> (B,C,r,r,r)"""
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    shape = (len(denoiser.basis),) if len(denoiser.basis) else denoiser.shape
+    sampler = edm_sample if denoiser.config.formulation == "edm" else ddpm_sample
+    return denoiser.decode(sampler(denoiser, generators, shape, steps))
+
+
+def load_denoiser(folder, device="cpu"):
+    """The trained denoiser of a run, with the averaged weights -> denoiser, what else was saved"""
+    file = Path(folder) / "last.pt"
+    if not file.exists():
+        raise UserError(f"this needs stage 2's denoiser, and {file} is not there. Run: python diffusion.py")
+    state = load_checkpoint(file)
+    denoiser = Denoiser(Config(**state["config"]), state["shape"], state["components"])
+    denoiser.load_state_dict(state["denoiser"])
+    denoiser.network.load_state_dict(state["ema"])
+    return denoiser.to(device).eval().requires_grad_(False), state
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+def plot_levels(denoiser, entropy, path):
+    """The lecture in a figure: how unsure the ideal denoiser is, and where we train and sample for it."""
+    sigma = denoiser.log_sigma.exp().cpu()
+    figure, axis = new_figure(figsize=(7, 3.6))
+    axis.plot(sigma, entropy, label="how unsure the ideal denoiser is, 0 to 1")
+    density = denoiser.cdf.diff().cpu()
+    axis.fill_between(sigma[1:], density / density.max(), alpha=0.2, color="C1", label="where training noise is")
+    steps = denoiser.sigma(torch.linspace(1, 0, 18, device=denoiser.cdf.device)).cpu()
+    axis.plot(steps, torch.zeros(18), "k|", ms=10, label="EDM: the sampler's 18 steps")
+    times = ((1 - denoiser.alpha_bar) / denoiser.alpha_bar).sqrt().cpu()[::50]
+    axis.plot(times, torch.full_like(times, -0.06), "C3|", ms=10, label="DDPM: every 50th step, shifted")
+    usual = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).mul(1.2).sub(1.2).exp() * 2
+    usual = torch.histogram(usual.log().double(), denoiser.log_sigma.cpu(), density=True).hist
+    axis.plot(sigma[1:], usual / usual.max().clamp(min=1e-9), ":", color="grey", label="EDM's usual levels")
+    axis.set(xscale="log", xlabel="sigma", xlim=(sigma[0] * 0.9, sigma[-1] * 1.1))
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def plot_histogram(denoiser, latents, path):
+    """Why normalise: the latents' channels before and after, each a curve."""
+    figure, axes = new_figure(1, 2, figsize=(8, 3))
+    for axis, values, title in ((axes[0], latents - latents.mean(0), "latents about their mean, by channel"),
+                                (axes[1], denoiser.norm.normalize(latents), "normalised")):
+        flat = values.transpose(0, 1).flatten(1).cpu()
+        edge = flat.abs().quantile(0.999).item() if flat.numel() < 1e7 else flat.abs().max().item()
+        for row in flat:
+            count, edges = torch.histogram(row, 80, range=(-edge, edge), density=True)
+            axis.plot((edges[1:] + edges[:-1]) / 2, count, lw=0.7)
+        axis.set(title=title, yscale="log")
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def preview(model, denoiser, raw, averaged, device, size=64):
+    """(2,8,H,W,3) bytes: seeds 0 to 7 by the raw weights, and by the averaged"""
+    pose, K = camera_to_world_at(215, 25, 1.3).float(), intrinsics_at(size, 131.25).float()
+    rows = []
+    for weights in (raw, averaged):
+        denoiser.network.load_state_dict(weights)
+        rows.append(torch.stack([look(model, z, pose, K, size)[0].cpu() for z in sample(denoiser, range(8))]))
+    return (torch.stack(rows).clamp(0, 1) * 255).round().byte()
+
+
+def look(model, latent, pose, K, size):
+    return render_view(model, model.to_volume(latent[None]), pose, K, size)
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+def main(argv=None):
+    config = parse_config(Config, PRESETS, argv)
+    device = pick_device(config.device)
+    model, names = load_autodecoder(config.autodecoder, device)
+    run = Run(config.out, config, RECIPE, stale=[Path(config.out, name) for name in (
+        "config.json", "last.pt", "previous.pt", "log.jsonl", "previews")] if config.fresh else ())
+
+    # Everything to train on: the objects' latents, then those of mixtures of their codes
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(names), generator=generator)
+    kept, aside = order[config.holdout:].sort().values, order[:config.holdout]
+    latents = latents_of(model, model.codes[kept])
+    mixed = latents_of(model, code_mixtures(model.codes[kept], config.mixtures, generator, config.among))
+    components = min(config.components, len(latents) + len(mixed)) if config.denoiser == "mlp" else 0
+    torch.manual_seed(config.seed)
+    denoiser = Denoiser(config, latents.shape[1:], components).to(device)
+    entropy = denoiser.fit(latents, mixed, generator)
+    network = denoiser.network
+    ema = {name: p.detach().clone() for name, p in network.state_dict().items()}
+    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    state, step = run.load(), 0
+    if state:
+        denoiser.load_state_dict(state["denoiser"])
+        ema = {name: p.to(device) for name, p in state["ema"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        print(f"going on from step {step} of {config.out}/last.pt")
+    data = denoiser.encode(torch.cat([latents, mixed]))
+    plot_levels(denoiser, entropy, run.folder / "levels.png")
+    plot_histogram(denoiser, latents, run.folder / "histogram.png")
+    print(f"{len(latents)} latents and {len(mixed)} mixtures; {config.denoiser} of "
+          f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters; sigma_data "
+          f"{denoiser.encode(latents).square().mean().sqrt():.3f}; noise from {denoiser.sigma(torch.zeros(1)).item():.2g} to "
+          f"{denoiser.sigma(torch.ones(1)).item():.3g}")
+    loss_of = edm_loss if config.formulation == "edm" else ddpm_loss
+
+    with run:
+        while step < config.steps:
+            # Warm-up, then half a cosine
+            share = min(1.0, (step + 1) / (0.05 * config.steps))
+            share *= 0.505 + 0.495 * math.cos(math.pi * step / config.steps)
+            optimizer.param_groups[0]["lr"] = config.lr * share
+            # All that is random in a step follows from (seed, step)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            B = config.batch
+            mixture = torch.rand(B, generator=generator) < config.mix
+            which = torch.where(mixture, len(latents) + torch.randint(max(len(mixed), 1), (B,), generator=generator),
+                                torch.randint(len(latents), (B,), generator=generator))
+            u = (torch.arange(B) + torch.rand(B, generator=generator)) / B           # every level, in equal shares
+            z = data[which.to(device)]
+            noise = torch.randn(z.shape, generator=generator).to(device)
+            losses = loss_of(denoiser, z, noise, u.to(device))
+            loss = losses.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            if run.finite(step, loss.item() + norm.item()):
+                optimizer.step()
+                decay = min(config.ema, (1 + step) / (10 + step))
+                for name, p in network.state_dict().items():
+                    ema[name].lerp_(p, 1 - decay)
+            step += 1
+
+            if step % config.log_every == 0 or step == config.steps:
+                low, middle, high = (part.mean().item() for part in losses.detach().tensor_split(3))
+                run.log(step, config.steps, loss=loss.item(), low=low, middle=middle, high=high,
+                        lr=share * config.lr)
+            if step % config.preview_every == 0 or step == config.steps:
+                raw = {name: p.clone() for name, p in network.state_dict().items()}
+                save_preview(run.folder / f"previews/step_{step:06d}.png", preview(model, denoiser, raw, ema, device))
+                network.load_state_dict(raw)
+            if step % config.save_every == 0 or step == config.steps or run.stopping:
+                run.save({"config": asdict(config), "step": step, "shape": list(denoiser.shape),
+                          "components": components, "autodecoder": fingerprint(model),
+                          "denoiser": denoiser.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()})
+            if run.stopping:
+                raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on "
+                                "from there")
+    print(f"wrote {run.folder}: last.pt, levels.png, histogram.png, previews/")
+
+
+if __name__ == "__main__":
+    main()
