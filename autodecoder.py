@@ -257,7 +257,10 @@ def load_autodecoder(folder, device="cpu"):
     file = Path(folder) / "last.pt"
     if not file.exists():
         raise UserError(f"this needs stage 1's model, and {file} is not there. Run: python autodecoder.py")
-    state = load_checkpoint(file)
+    return build_autodecoder(load_checkpoint(file), device)
+
+
+def build_autodecoder(state, device="cpu"):
     model = Autodecoder(Config(**state["config"]), len(state["names"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval().requires_grad_(False), state["names"]

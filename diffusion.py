@@ -1,20 +1,29 @@
 """
-Stage 2 of 3: diffuse the latents.  Learn to take noise off the latent volumes z_i = G1(e_i) of stage 1, at every
-noise level sigma:
+Stage 2 of 3: diffuse the latents.  Learn to take noise off the latents z_i = G1(e_i) of stage 1:
 
     min over D    mean_{i, sigma, n} | D(z_i + sigma n, sigma) - z_i |^2,      n ~ N(0, I)
 
-A denoiser that can do this points from any noise towards the latents (Tweedie: the score of the noised data is
-(D(x, sigma) - x) / sigma^2), so that following it from pure noise ends at a latent: a new object, decoded by G2.
+A denoiser that can do this knows the way from anywhere to the latents: the score of noised latents is
+(D(x, sigma) - x) / sigma^2 (Tweedie).  Followed from pure noise it ends at a latent, of which G2
+makes an object.
+
+There are 72 latents of 8,192 numbers.  Three things follow, and each is a knob to turn:
+    which noise   up to sigma ~ 10 it is plain which of the 72 is under the noise; what a sample becomes is
+                  decided above.  Levels are chosen from the latents, not from habit: see levels.png
+    components    an MLP of width 1,024 cannot put out noise in 8,192 dimensions, nor so take it off: its
+                  samples keep what is left.  In principal components there is nothing it cannot put out
+    mix           a perfect denoiser of 72 latents returns those 72.  Half of each batch are latents of codes
+                  mixed with their neighbours: objects that could have been
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, histogram.png
-run  python diffusion.py                               then: python sample.py
-     python diffusion.py --denoiser unet --out runs/unet
-     python diffusion.py --formulation ddpm --out runs/ddpm        the paper's
-     python diffusion.py --preset smoke --autodecoder runs/smoke --out runs/smoke_diffusion
-read Config, RobustNorm, Levels, EDM and DDPM side by side, MLP, UNet, main.
+run  python diffusion.py                                        then: python sample.py
+     python diffusion.py --preset unet --out runs/unet          3DADM's denoiser
+     python diffusion.py --preset paper --out runs/paper        the paper's: DDPM
+     python diffusion.py --mix 0 --out runs/copies              the lesson: samples are copies
+read Config, RobustNorm, choose_levels, the EDM and DDPM functions side by side, MLP, UNet, main.
 """
+import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import (Attention, decode, load_autodecoder, new_figure, render_view, save_figure, save_preview)
+from autodecoder import Attention, load_autodecoder, new_figure, render_view, save_figure, save_preview
 from common import Run, UserError, load_checkpoint, parse_config, pick_device
 from render_shapenet import camera_to_world_at, intrinsics_at
 
@@ -38,8 +47,8 @@ class Config:
     mixtures: int = 2048                 # how many such mixtures there are
     among: int = 8                       # codes are mixed with so many nearest ones; 0: any with any
     components: int = 256                # the MLP's: principal components it works in; 0: the bare numbers
-    holdout: int = 0                     # latents kept aside, to watch their loss
-    patience: int = 0                    # end when that loss has not fallen for so many previews; 0: never
+    holdout: int = 0                     # objects kept aside, to watch the loss of
+    patience: int = 0                    # end when that has not fallen for so many previews; 0: never
     # the denoiser
     denoiser: str = "mlp"                # mlp | unet: the paper's, or 3DADM's
     width: int = 1024                    # of the MLP
@@ -48,10 +57,9 @@ class Config:
     embedding: int = 64                  # sines and cosines of the noise level
     # noise
     formulation: str = "edm"             # edm | ddpm: 3DADM's, or the paper's
-    power: float = 0.0
     low: float = 0.1                     # the least sigma, in deviations of the latents
     # training
-    steps: int = 4000                    # gradient steps
+    steps: int = 6000                    # gradient steps
     batch: int = 256                     # latents a step
     lr: float = 1e-3                     # Adam's, at its highest
     ema: float = 0.999                   # of the weights that sample; ramps up to this
@@ -74,46 +82,43 @@ PRESETS = {
     "3dadm": dict(denoiser="unet", channels="128,384", batch=64, steps=50000, normalization="robust_global",
                   lr=4.5e-4),
 }
-FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "steps_of_sampling")
+FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")
 RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
 TIMES = 1000                       # DDPM's steps
 
 
-# ------------------------------------------------------------------------------------------------- the latents
+# ----------------------------------------------------------------------------------------------- the latents
 
 class RobustNorm(nn.Module):
-    """(latent - centre - median) / (0.7413 x inter-quartile range).  The centre is the mean object, voxel by voxel;
-    median and range are taken over what is left, per channel or over all.  Latents are bell-shaped with long
-    tails, and a deviation would be made by the tails; 0.7413 x the range is a bell's deviation."""
+    """(latent - centre - median) / (0.7413 x inter-quartile range)        (3DADM, section 3.4)
 
-    def __init__(self, shape, spatial=3):
+    The centre is the mean object, voxel by voxel; median and range are those of what is left, per channel
+    or over all.  Latents are bell-shaped with long tails, and a deviation would be made by the tails;
+    0.7413 x the range *is* a bell's deviation.  The centre is ours: without it most of each latent is what
+    all objects share."""
+
+    def __init__(self, shape, spatial):
         super().__init__()
-        ones = (*shape[:-spatial], *[1] * spatial)                                 # a number per channel
-        self.spatial = spatial
+        self.channels = len(shape) - spatial               # 1; or 2, the planes too, in stage 1's 2d mode
+        each = (*shape[:self.channels], *[1] * spatial)
         self.register_buffer("centre", torch.zeros(shape))
-        self.register_buffer("shift", torch.zeros(ones))
-        self.register_buffer("scale", torch.ones(ones))
+        self.register_buffer("shift", torch.zeros(each))
+        self.register_buffer("scale", torch.ones(each))
 
     def fit(self, latents, how="robust"):
-        """latents (N,C,r,r,r)"""
+        """latents (N,C,r,r,r) -> self"""
         if how == "none":
             return self
         self.centre.copy_(latents.mean(0))
-        left = (latents - self.centre).transpose(0, 1) if self.spatial == 3 else \
-            (latents - self.centre).permute(1, 2, 0, 3, 4)
-        values = left.flatten(len(self.shift.shape) - self.spatial)                # (C,N r^3)
-        if how == "robust_global":
-            values = values.reshape(1, -1)
-        if how == "meanstd":
-            shift, scale = values.mean(-1), values.std(-1)
-        else:
-            ordered = values.sort(-1).values
-            at = lambda share: ordered[..., round(share * (ordered.shape[-1] - 1))]
-            shift, scale = at(0.5), 0.7413 * (at(0.75) - at(0.25))
-        expand = lambda x: x.view(-1, *[1] * (self.shift.dim() - 1)) if how == "robust_global" else \
-            x.view_as(self.shift)
-        self.shift.copy_(expand(shift).expand_as(self.shift))
-        self.scale.copy_(expand(scale.clamp(min=1e-6)).expand_as(self.scale))
+        values = (latents - self.centre).movedim(0, -1).flatten(self.channels)     # (C,r^3 N)
+        values = values.flatten() if how == "robust_global" else values
+        ordered = values.sort(-1).values
+        at = lambda share: ordered[..., round(share * (ordered.shape[-1] - 1))]
+        shift, scale = (values.mean(-1), values.std(-1)) if how == "meanstd" else \
+            (at(0.5), 0.7413 * (at(0.75) - at(0.25)))
+        alone = (..., *[None] * (self.shift.dim() - shift.dim()))
+        self.shift.copy_(shift[alone])
+        self.scale.copy_(scale.clamp(min=1e-6)[alone])
         return self
 
     def normalize(self, latents):
@@ -125,9 +130,9 @@ class RobustNorm(nn.Module):
 
 @torch.no_grad()
 def code_mixtures(codes, count, generator, among=0):
-    """(count,width): convex mixtures of two or three codes in random shares; of any, or of the `among` nearest
-    to one: a bud and a headphone have no half-way."""
-    N = len(codes)
+    """(count,width): convex mixtures of two or three codes in random shares; of any, or of the `among`
+    nearest to one: a bud and a headphone have no half-way."""
+    N, among = len(codes), min(among, len(codes))
     first = torch.randint(N, (count, 1), generator=generator)
     others = torch.randint(among or N, (count, 2), generator=generator)
     if among:
@@ -148,30 +153,29 @@ def fingerprint(model):
     return float(sum(p.double().abs().sum() for p in model.parameters()))
 
 
-# -------------------------------------------------------------------------------------------- the noise levels
+# ------------------------------------------------------------------------------------------ the noise levels
 
-def posterior_entropy(points, sigmas, generator, draws=64):
-    """points (N,K) -> for each sigma, how unsure the ideal denoiser is which of the points it sees: the entropy of
-    p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2), 0 to 1 (all N alike), averaged over noised points x."""
-    points = points.double()
-    values, vectors = torch.linalg.eigh(points @ points.T)            # only the span of the points matters
-    points = vectors * values.clamp(min=0).sqrt()                                  # (N,N)
-    noise = torch.randn(draws, *points.shape, generator=generator, dtype=torch.float64)
-    result = []
+def posterior_entropy(points, sigmas, generator, draws=2048):
+    """points (N,K) -> for each sigma, the ideal denoiser's doubt which point it sees: the entropy of
+    p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2), 0 to 1 (all N alike), the mean over `draws` noised points x"""
+    points = points.double().cpu()
+    values, vectors = torch.linalg.eigh(points @ points.T)         # only the span of the points matters
+    points = vectors * values.clamp(min=0).sqrt()                                          # (N,N)
+    truth = points[torch.arange(draws) % len(points)]
+    noise, result = torch.randn(truth.shape, generator=generator, dtype=torch.float64), []
     for sigma in sigmas:
-        x = points + sigma * noise                                                 # (draws,N,N)
-        distance = torch.cdist(x, points.expand(draws, -1, -1)).square()
-        p = torch.softmax(-distance / (2 * sigma ** 2), -1)
-        result.append(-(p * p.clamp(min=1e-300).log()).sum(-1).mean() / math.log(len(points)))
+        distance = torch.cdist(truth + sigma * noise, points).square()                     # (draws,N)
+        log_p = torch.log_softmax(-distance / (2 * sigma ** 2), -1)
+        result.append(-(log_p.exp() * log_p).sum(-1).mean() / math.log(len(points)))
     return torch.stack(result)
 
 
 def choose_levels(points, low, generator):
     """points (N,K) -> log_sigma (256,), cdf (256,), entropy (256,): where to train and to sample.
 
-    Below some sigma it is certain which object is under the noise, above another all are alike; what a sample
-    will be is chosen between.  Half of the levels go there, as the entropy's slope, half evenly (in log sigma)
-    over all: the noise that is left must be cleared away too."""
+    Below some sigma it is certain which object is under the noise, above another all are alike; what a
+    sample becomes is decided between.  Half of the levels go there, as the entropy's slope has it, half
+    evenly (in log sigma) over all: the noise that is left must be cleared away too."""
     spread = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))     # the widest way
     log_sigma = torch.linspace(math.log(low), math.log(4 * spread), 256, dtype=torch.float64)
     coarse = log_sigma[::8]
@@ -185,11 +189,11 @@ def choose_levels(points, low, generator):
     return log_sigma, cdf / cdf[-1], entropy
 
 
-# ---------------------------------------------------------- two formulations, function by function: EDM, then DDPM
+# --------------------------------------------------- two formulations, function by function: EDM, then DDPM
 
 def precondition(sigma, deviation):
-    """c_skip, c_out, c_in of Karras et al. 2022, table 1: the network's input and target have unit variance at
-    every sigma.  `deviation` is theirs sigma_data, here one for each number where the numbers are principal
+    """c_skip, c_out, c_in of Karras et al. 2022, table 1: the network's input and target have unit variance
+    at every sigma.  `deviation` is their sigma_data, here one for each number where the numbers are principal
     components: c_skip x is then the best *linear* denoiser, and the network learns what is not linear."""
     total = (sigma ** 2 + deviation ** 2).sqrt()
     return deviation ** 2 / total ** 2, sigma * deviation / total, 1 / total
@@ -226,8 +230,8 @@ def edm_sample(denoiser, generators, shape, steps):
 
 
 def ddpm_schedule(shift):
-    """alpha_bar (TIMES,) of Ho et al. 2020, linear betas, made for numbers of unit deviation; `shift` times as much
-    noise at each t for latents that keep their secret up to larger sigmas: SNR / shift^2."""
+    """alpha_bar (TIMES,) of Ho et al. 2020, linear betas, made for numbers of unit deviation; with `shift`
+    times as much noise at each t, for latents that keep their secret up to larger sigmas: SNR / shift^2."""
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64)).cumprod(0)
     return alpha_bar / (alpha_bar + shift ** 2 * (1 - alpha_bar))
 
@@ -241,10 +245,13 @@ def ddpm_loss(denoiser, z, noise, u):
 
 
 def ddpm_noise(denoiser, x, alpha_bar):
-    """x (B,...), alpha_bar (B,...) -> the noise in x, as the network sees it, x scaled to unit variance"""
-    scale = (alpha_bar * denoiser.deviation ** 2 + 1 - alpha_bar).rsqrt()
+    """x (B,...), alpha_bar (B,...) -> the noise in x: as in EDM the best linear guess, plus what the network
+    makes of x scaled to unit variance.  (A plain network errs most where all is noise, where ddpm_step
+    divides its error by almost 0: samples came out with twice their variance.)"""
+    total = (alpha_bar * denoiser.deviation ** 2 + 1 - alpha_bar).sqrt()
     sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
-    return denoiser.network(scale * x, sigma.flatten().log() / 4)
+    left = denoiser.network(x / total, sigma.flatten().log() / 4)
+    return (1 - alpha_bar).sqrt() * x / total ** 2 + alpha_bar.sqrt() * denoiser.deviation / total * left
 
 
 def ddpm_sample(denoiser, generators, shape, steps=TIMES):
@@ -254,7 +261,7 @@ def ddpm_sample(denoiser, generators, shape, steps=TIMES):
     for k, t in enumerate(times):
         now = denoiser.alpha_bar[t]
         before = denoiser.alpha_bar[times[k + 1]] if k + 1 < steps else torch.ones_like(now)
-        noise = ddpm_noise(denoiser, x, now.expand(len(x), *[1] * (x.dim() - 1)))
+        noise = ddpm_noise(denoiser, x, per_item(now.expand(len(x)), x))
         x, spread = ddpm_step(x, noise, now, before)
         if k + 1 < steps:
             x = x + spread * draw(generators, shape, denoiser)
@@ -262,7 +269,7 @@ def ddpm_sample(denoiser, generators, shape, steps=TIMES):
 
 
 def ddpm_step(x, noise, now, before):
-    """-> mean and deviation of q(x before | x now, z), z = what x is without the noise  (equations 6 and 7)"""
+    """-> mean and deviation of q(x before | x now, z), z being x without the noise  (equations 6 and 7)"""
     z = (x - (1 - now).sqrt() * noise) / now.sqrt()
     beta = 1 - now / before
     mean = (before.sqrt() * beta * z + (now / before).sqrt() * (1 - before) * x) / (1 - now)
@@ -278,13 +285,19 @@ def draw(generators, shape, denoiser):
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(denoiser.deviation.device)
 
 
-# ------------------------------------------------------------------------------------------------ two denoisers
+# --------------------------------------------------------------------------------------------- two denoisers
 
 def noise_embedding(level, width):
-    """level (B,) -> (B,width): sines and cosines at wavelengths from 2 pi / 100 to 100 x that, in geometric steps"""
+    """level (B,) -> (B,width): its sines and cosines, wavelengths from 2 pi / 100 to 2 pi, geometrically"""
     frequency = 100.0 ** torch.linspace(1, 0, width // 2, device=level.device)
     angle = level[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def begin_at_zero(layer):
+    """So that training begins at the best linear denoiser, which is what a network of 0 makes of c_skip"""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class MLP(nn.Module):
@@ -294,10 +307,11 @@ class MLP(nn.Module):
         super().__init__()
         self.embedding = config.embedding
         self.enter = nn.Linear(numbers + config.embedding, config.width)
-        hidden = lambda: nn.Sequential(nn.LayerNorm(config.width), nn.SiLU(), nn.Linear(config.width, config.width))
-        self.hidden = nn.ModuleList([hidden() for _ in range(config.layers)])
-        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.SiLU(), nn.Linear(config.width, numbers))
-        nn.init.zeros_(self.leave[-1].weight)
+        width = config.width
+        layer = lambda outer: nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outer))
+        self.hidden = nn.ModuleList([layer(width) for _ in range(config.layers)])
+        self.leave = layer(numbers)
+        begin_at_zero(self.leave[-1])
 
     def forward(self, x, level):
         h = self.enter(torch.cat([x.flatten(1), noise_embedding(level, self.embedding)], 1))
@@ -315,7 +329,7 @@ class Residual(nn.Module):
         self.conv1, self.conv2 = nn.Conv3d(inner, outer, 3, padding=1), nn.Conv3d(outer, outer, 3, padding=1)
         self.level = nn.Linear(embedding, 2 * outer)
         self.skip = nn.Conv3d(inner, outer, 1) if inner != outer else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
+        begin_at_zero(self.conv2)
 
     def forward(self, x, level):
         scale, shift = self.level(level)[..., None, None, None].chunk(2, 1)
@@ -337,8 +351,9 @@ class UNet(nn.Module):
         self.middle, self.attention = Residual(widths[-1], widths[-1], e), Attention(widths[-1])
         self.up = nn.ModuleList([Residual(widths[min(k + 1, len(widths) - 1)] + width, width, e)
                                  for k, width in enumerate(widths)])
-        self.leave = nn.Sequential(nn.GroupNorm(1, widths[0]), nn.SiLU(), nn.Conv3d(widths[0], numbers, 3, padding=1))
-        nn.init.zeros_(self.leave[-1].weight)
+        self.leave = nn.Sequential(nn.GroupNorm(1, widths[0]), nn.SiLU(),
+                                   nn.Conv3d(widths[0], numbers, 3, padding=1))
+        begin_at_zero(self.leave[-1])
 
     def forward(self, x, level):
         level = self.level(noise_embedding(level, self.embedding))
@@ -354,13 +369,13 @@ class UNet(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A network, and what it needs to know of the latents: how they are normalised, the principal components that
-    the MLP works in, their deviation, and the noise levels."""
+    """A network, and what it needs to know of the latents: how they are normalised, the principal components
+    that the MLP works in, their deviations, and the noise levels."""
 
-    def __init__(self, config, shape, components=0):
+    def __init__(self, config, shape, components=0, planes=False):
         super().__init__()
         self.config, self.shape = config, tuple(shape)
-        self.norm = RobustNorm(shape, 3 if len(shape) == 4 else 2)
+        self.norm = RobustNorm(shape, 2 if planes else 3)
         total = math.prod(shape)
         self.register_buffer("basis", torch.zeros(components, total))
         self.register_buffer("deviation", torch.ones(components or 1))
@@ -368,24 +383,25 @@ class Denoiser(nn.Module):
         self.register_buffer("cdf", torch.linspace(0, 1, 256, dtype=torch.float64))
         self.register_buffer("alpha_bar", torch.ones(TIMES, dtype=torch.float64))
         self.register_buffer("importance", torch.ones(components or 1))
-        self.network = MLP(components or total, config) if config.denoiser == "mlp" else UNet(shape[0], config)
+        numbers = shape[0] if config.denoiser == "unet" else components or total
+        self.network = (UNet if config.denoiser == "unet" else MLP)(numbers, config)
 
     def fit(self, latents, mixtures, generator):
-        """Everything but the network's weights, from the latents (N,...) and those of mixtures (M,...)"""
+        """All but the network's weights, from the latents (N,...) and those of mixtures (M,...) -> the ideal
+        denoiser's entropy at each of log_sigma, to plot"""
         self.norm.fit(latents, self.config.normalization)
+        both = self.norm.normalize(torch.cat([latents, mixtures]))
         if len(self.basis):
-            self.basis.copy_(principal(self.norm.normalize(torch.cat([latents, mixtures])).flatten(1),
-                                       len(self.basis)))
-        z = self.encode(latents)
-        rms = z.square().mean().sqrt()
+            self.basis.copy_(principal(both.flatten(1), len(self.basis)))
+        # sigma_data is measured: one number, or one for each component.  Errors in a component count by its
+        # share of the variance: with all alike, three times as many samples fell to pieces
+        rms = self.norm.normalize(latents).square().mean().sqrt()
+        self.deviation.fill_(rms)
         if len(self.basis):
-            self.deviation.copy_(self.encode(torch.cat([latents, mixtures])).square().mean(0).sqrt().clamp(min=1e-3))
-            self.importance.copy_((self.deviation / self.deviation.square().mean().sqrt()) ** self.config.power)
-            self.importance /= self.importance.mean()
-        else:
-            self.deviation.fill_(rms)
-        whole = self.norm.normalize(latents).square().mean().sqrt().item()         # sigma_data, measured
-        log_sigma, cdf, entropy = choose_levels(z.flatten(1), self.config.low * whole, generator)
+            self.deviation.copy_((both.flatten(1) @ self.basis.T).square().mean(0).sqrt().clamp(min=1e-3))
+            self.importance.copy_(self.deviation ** 2 / self.deviation.square().mean())
+        points = self.encode(latents).flatten(1)
+        log_sigma, cdf, entropy = choose_levels(points, self.config.low * rms.item(), generator)
         self.log_sigma.copy_(log_sigma)
         self.cdf.copy_(cdf)
         # DDPM's noise at half time is put where the choice is half made
@@ -414,9 +430,8 @@ class Denoiser(nn.Module):
 def principal(rows, count):
     """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
     rows = rows.double()
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    top = vectors[:, -count:].flip(1)
-    return F.normalize(top.T @ rows, dim=1).float()
+    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)              # (P,count)
+    return torch.linalg.qr(rows.T @ longest)[0].T.float()
 
 
 @torch.no_grad()
@@ -429,65 +444,77 @@ def sample(denoiser, seeds, steps=18):
 
 
 def load_denoiser(folder, device="cpu"):
-    """The trained denoiser of a run, with the averaged weights -> denoiser, what else was saved"""
+    """The trained denoiser of a run, and of the autodecoder that it is for: folder and fingerprint"""
     file = Path(folder) / "last.pt"
     if not file.exists():
         raise UserError(f"this needs stage 2's denoiser, and {file} is not there. Run: python diffusion.py")
-    state = load_checkpoint(file)
-    denoiser = Denoiser(Config(**state["config"]), state["shape"], state["components"])
+    return build_denoiser(load_checkpoint(file), device)
+
+
+def build_denoiser(state, device="cpu"):
+    """With the averaged weights: of the best step where --patience chose one, otherwise of the last"""
+    denoiser = Denoiser(Config(**state["config"]), state["shape"], state["components"], state["planes"])
     denoiser.load_state_dict(state["denoiser"])
-    denoiser.network.load_state_dict(state["ema"])
-    return denoiser.to(device).eval().requires_grad_(False), state
+    denoiser.network.load_state_dict(state["best"]["ema"] or state["ema"])
+    return (denoiser.to(device).eval().requires_grad_(False),
+            {"folder": state["config"]["autodecoder"], "fingerprint": state["autodecoder"]})
 
 
 # -------------------------------------------------------------------------------------------------- pictures
 
 def plot_levels(denoiser, entropy, path):
-    """The lecture in a figure: how unsure the ideal denoiser is, and where we train and sample for it."""
-    sigma = denoiser.log_sigma.exp().cpu()
-    figure, axis = new_figure(figsize=(7, 3.6))
-    axis.plot(sigma, entropy, label="how unsure the ideal denoiser is, 0 to 1")
-    density = denoiser.cdf.diff().cpu()
-    axis.fill_between(sigma[1:], density / density.max(), alpha=0.2, color="C1", label="where training noise is")
-    steps = denoiser.sigma(torch.linspace(1, 0, 18, device=denoiser.cdf.device)).cpu()
-    axis.plot(steps, torch.zeros(18), "k|", ms=10, label="EDM: the sampler's 18 steps")
+    """How unsure the ideal denoiser is at each level, and where we therefore train and sample"""
+    log_sigma, u = denoiser.log_sigma.cpu(), torch.linspace(1, 0, 18, device=denoiser.cdf.device)
+    sigma, density = log_sigma.exp(), denoiser.cdf.diff().cpu()
     times = ((1 - denoiser.alpha_bar) / denoiser.alpha_bar).sqrt().cpu()[::50]
-    axis.plot(times, torch.full_like(times, -0.06), "C3|", ms=10, label="DDPM: every 50th step, shifted")
-    usual = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).mul(1.2).sub(1.2).exp() * 2
-    usual = torch.histogram(usual.log().double(), denoiser.log_sigma.cpu(), density=True).hist
-    axis.plot(sigma[1:], usual / usual.max().clamp(min=1e-9), ":", color="grey", label="EDM's usual levels")
+    habit = torch.exp(-((log_sigma + 1.2) / 1.2) ** 2 / 2)
+    figure, axis = new_figure(figsize=(7, 3.6))
+    axis.plot(sigma, entropy, label="the ideal denoiser's doubt which object it sees")
+    axis.fill_between(sigma[1:], density / density.max(), alpha=0.2, color="C1", label="training levels")
+    axis.plot(denoiser.sigma(u).cpu(), torch.full((18,), -0.04), "k|", ms=9, label="EDM: 18 steps")
+    axis.plot(times, torch.full_like(times, -0.10), "C3|", ms=9, label="DDPM: every 50th, shifted")
+    axis.plot(sigma, habit, ":", color="grey", label="EDM's usual levels, for pictures")
     axis.set(xscale="log", xlabel="sigma", xlim=(sigma[0] * 0.9, sigma[-1] * 1.1))
     axis.legend(fontsize=7)
     save_figure(figure, path)
 
 
 def plot_histogram(denoiser, latents, path):
-    """Why normalise: the latents' channels before and after, each a curve."""
+    """Why normalise: the values of each channel before and after, each a curve"""
+    channels = denoiser.norm.channels
     figure, axes = new_figure(1, 2, figsize=(8, 3))
-    for axis, values, title in ((axes[0], latents - latents.mean(0), "latents about their mean, by channel"),
+    for axis, values, title in ((axes[0], latents, "latents, by channel"),
                                 (axes[1], denoiser.norm.normalize(latents), "normalised")):
-        flat = values.transpose(0, 1).flatten(1).cpu()
-        edge = flat.abs().quantile(0.999).item() if flat.numel() < 1e7 else flat.abs().max().item()
-        for row in flat:
+        rows = values.movedim(0, -1).flatten(channels).flatten(0, channels - 1).cpu()      # (C,N r^3)
+        edge = 1.2 * rows[:, ::101].abs().max().item() + 1e-6
+        for row in rows:
             count, edges = torch.histogram(row, 80, range=(-edge, edge), density=True)
             axis.plot((edges[1:] + edges[:-1]) / 2, count, lw=0.7)
         axis.set(title=title, yscale="log")
     save_figure(figure, path)
 
 
-@torch.no_grad()
-def preview(model, denoiser, raw, averaged, device, size=64):
-    """(2,8,H,W,3) bytes: seeds 0 to 7 by the raw weights, and by the averaged"""
-    pose, K = camera_to_world_at(215, 25, 1.3).float(), intrinsics_at(size, 131.25).float()
-    rows = []
+def plot_losses(run):
+    """log.jsonl -> curve.png"""
+    rows = [json.loads(line) for line in open(run.folder / "log.jsonl")]
+    figure, axis = new_figure(figsize=(6, 3.5))
+    for key in ("low", "middle", "high", "heldout"):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axis.plot(*zip(*points), lw=0.7, label={"heldout": "objects kept aside"}.get(key, f"{key} noise"))
+    axis.set(xlabel="step", ylabel="loss")
+    axis.legend()
+    save_figure(figure, run.folder / "curve.png")
+
+
+def preview(model, denoiser, raw, averaged, size=64):
+    """(2,8,H,W,3) bytes: seeds 0 to 7 by the raw weights; below by the averaged, which stay in the network"""
+    pose, K, rows = camera_to_world_at(215, 25, 1.3).float(), intrinsics_at(size, 131.25).float(), []
     for weights in (raw, averaged):
         denoiser.network.load_state_dict(weights)
-        rows.append(torch.stack([look(model, z, pose, K, size)[0].cpu() for z in sample(denoiser, range(8))]))
+        volumes = [model.to_volume(z[None]) for z in sample(denoiser, range(8))]
+        rows.append(torch.stack([render_view(model, volume, pose, K, size)[0].cpu() for volume in volumes]))
     return (torch.stack(rows).clamp(0, 1) * 255).round().byte()
-
-
-def look(model, latent, pose, K, size):
-    return render_view(model, model.to_volume(latent[None]), pose, K, size)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -496,36 +523,41 @@ def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
     device = pick_device(config.device)
     model, names = load_autodecoder(config.autodecoder, device)
-    run = Run(config.out, config, RECIPE, stale=[Path(config.out, name) for name in (
-        "config.json", "last.pt", "previous.pt", "log.jsonl", "previews")] if config.fresh else ())
+    check(config, model, len(names))
+    ours = ("config.json", "last.pt", "previous.pt", "log.jsonl", "previews")
+    stale = [Path(config.out, name) for name in ours] if config.fresh else ()
+    run = Run(config.out, config, RECIPE, stale=stale)
 
     # Everything to train on: the objects' latents, then those of mixtures of their codes
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(names), generator=generator)
-    kept, aside = order[config.holdout:].sort().values, order[:config.holdout]
+    aside, kept = order[:config.holdout], order[config.holdout:]
     latents = latents_of(model, model.codes[kept])
     mixed = latents_of(model, code_mixtures(model.codes[kept], config.mixtures, generator, config.among))
     components = min(config.components, len(latents) + len(mixed)) if config.denoiser == "mlp" else 0
     torch.manual_seed(config.seed)
-    denoiser = Denoiser(config, latents.shape[1:], components).to(device)
+    denoiser = Denoiser(config, latents.shape[1:], components, model.planes).to(device)
     entropy = denoiser.fit(latents, mixed, generator)
     network = denoiser.network
     ema = {name: p.detach().clone() for name, p in network.state_dict().items()}
     optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
-    state, step = run.load(), 0
+    state, step, best = run.load(), 0, {"loss": math.inf, "step": 0, "ema": None}
     if state:
+        if state["autodecoder"] != fingerprint(model):
+            raise UserError(f"{config.out} was trained on another autodecoder than {config.autodecoder} is: "
+                            "start over with --fresh, or use another --out")
         denoiser.load_state_dict(state["denoiser"])
         ema = {name: p.to(device) for name, p in state["ema"].items()}
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, best = state["step"], state["best"]
         print(f"going on from step {step} of {config.out}/last.pt")
-    data = denoiser.encode(torch.cat([latents, mixed]))
+    data, unseen = denoiser.encode(torch.cat([latents, mixed])), latents_of(model, model.codes[aside])
     plot_levels(denoiser, entropy, run.folder / "levels.png")
     plot_histogram(denoiser, latents, run.folder / "histogram.png")
-    print(f"{len(latents)} latents and {len(mixed)} mixtures; {config.denoiser} of "
-          f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters; sigma_data "
-          f"{denoiser.encode(latents).square().mean().sqrt():.3f}; noise from {denoiser.sigma(torch.zeros(1)).item():.2g} to "
-          f"{denoiser.sigma(torch.ones(1)).item():.3g}")
+    lowest, highest = denoiser.sigma(torch.tensor([0.0, 1.0], device=device)).tolist()
+    size, rms = sum(p.numel() for p in network.parameters()) / 1e6, denoiser.norm.normalize(latents).std()
+    print(f"{len(latents)} latents, sigma_data {rms:.2f}, and {len(mixed)} mixtures; {config.denoiser} of "
+          f"{size:.2f} M parameters; noise from {lowest:.2g} to {highest:.3g}")
     loss_of = edm_loss if config.formulation == "edm" else ddpm_loss
 
     with run:
@@ -536,12 +568,8 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = config.lr * share
             # All that is random in a step follows from (seed, step)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            B = config.batch
-            mixture = torch.rand(B, generator=generator) < config.mix
-            which = torch.where(mixture, len(latents) + torch.randint(max(len(mixed), 1), (B,), generator=generator),
-                                torch.randint(len(latents), (B,), generator=generator))
-            u = (torch.arange(B) + torch.rand(B, generator=generator)) / B           # every level, in equal shares
-            z = data[which.to(device)]
+            z = data[draw_batch(config, len(latents), generator).to(device)]
+            u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)   # all levels alike
             noise = torch.randn(z.shape, generator=generator).to(device)
             losses = loss_of(denoiser, z, noise, u.to(device))
             loss = losses.mean()
@@ -550,7 +578,7 @@ def main(argv=None):
             norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             if run.finite(step, loss.item() + norm.item()):
                 optimizer.step()
-                decay = min(config.ema, (1 + step) / (10 + step))
+                decay = min(config.ema, (1 + step) / (10 + step))                # short at first: a ramp
                 for name, p in network.state_dict().items():
                     ema[name].lerp_(p, 1 - decay)
             step += 1
@@ -561,16 +589,62 @@ def main(argv=None):
                         lr=share * config.lr)
             if step % config.preview_every == 0 or step == config.steps:
                 raw = {name: p.clone() for name, p in network.state_dict().items()}
-                save_preview(run.folder / f"previews/step_{step:06d}.png", preview(model, denoiser, raw, ema, device))
+                save_preview(run.folder / f"previews/step_{step:06d}.png", preview(model, denoiser, raw, ema))
+                if config.holdout:
+                    held = held_out_loss(denoiser, loss_of, unseen)              # by the averaged weights
+                    run.log(step, config.steps, show=False, heldout=held)
+                    run.say(f"step {step}: loss of {config.holdout} objects kept aside {held:.4f}")
+                    if config.patience and held < best["loss"]:
+                        best = {"loss": held, "step": step, "ema": {k: p.clone() for k, p in ema.items()}}
                 network.load_state_dict(raw)
-            if step % config.save_every == 0 or step == config.steps or run.stopping:
+            tired = config.patience and step - best["step"] >= config.patience * config.preview_every
+            if step % config.save_every == 0 or step == config.steps or run.stopping or tired:
                 run.save({"config": asdict(config), "step": step, "shape": list(denoiser.shape),
-                          "components": components, "autodecoder": fingerprint(model),
-                          "denoiser": denoiser.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()})
+                          "components": components, "planes": model.planes, "autodecoder": fingerprint(model),
+                          "denoiser": denoiser.state_dict(), "ema": ema, "best": best,
+                          "optimizer": optimizer.state_dict()})
+            if tired:
+                run.say(f"stopped early: the weights of step {best['step']} are the ones that sample")
+                break
             if run.stopping:
                 raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on "
                                 "from there")
-    print(f"wrote {run.folder}: last.pt, levels.png, histogram.png, previews/")
+    plot_losses(run)
+    print(f"wrote {run.folder}: last.pt, levels.png, histogram.png, curve.png, previews/. "
+          "Next: python sample.py")
+
+
+def check(config, model, objects):
+    if config.denoiser == "unet" and model.planes:
+        raise UserError("--denoiser unet wants latent volumes, and this autodecoder's are planes: "
+                        "use --denoiser mlp")
+    least = 3 + config.holdout
+    if objects < least:
+        raise UserError(f"{config.autodecoder} knows {objects} objects: at least {least} are wanted")
+    if not 0 <= config.mix <= 1 or config.mix and config.mixtures < 1:
+        raise UserError(f"--mix {config.mix} of --mixtures {config.mixtures}: a share from 0 to 1 is wanted, "
+                        "of at least one mixture")
+    if config.patience and not config.holdout:
+        raise UserError("--patience watches the loss of objects kept aside: give --holdout too, 8 for one")
+
+
+def draw_batch(config, objects, generator):
+    """-> indices into the data, (batch,): the objects come first, then the mixtures"""
+    B = config.batch
+    mixture = torch.rand(B, generator=generator) < config.mix
+    return torch.where(mixture, objects + torch.randint(max(config.mixtures, 1), (B,), generator=generator),
+                       torch.randint(objects, (B,), generator=generator))
+
+
+@torch.no_grad()
+def held_out_loss(denoiser, loss_of, latents):
+    """The loss of latents at 32 levels each, always the same noise"""
+    z = denoiser.encode(latents).repeat_interleave(32, 0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    u = ((torch.arange(32) + 0.5) / 32).repeat(len(latents)).to(z.device)
+    parts = zip(z.split(64), noise.split(64), u.split(64))
+    return torch.cat([loss_of(denoiser, *part) for part in parts]).mean().item()
 
 
 if __name__ == "__main__":

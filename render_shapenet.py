@@ -333,30 +333,40 @@ def photograph(mesh, folder, config, generator):
     """Write one object's photos, masks and cameras; views that see nothing of it (a sheet, edge on) are drawn
     again. NothingSeen if that does not help."""
     K = intrinsics_at(config.size, config.focal)
-    for sub in ("rgb", "mask", "pose"):
-        (folder / sub).mkdir()
+    write_intrinsics(folder, K, config.size)
     cameras, number, wanted = random_cameras(generator, config), 0, config.views + config.holdout_views
     for tries in range(10 * wanted):
         pose = next(cameras)
         rgb, coverage, _ = rasterize(mesh, pose, K, config.size, config.supersample, config.renderer)
         if not coverage.any():
             continue
-        # White, 255, is the background's alone: other readers of this layout find their masks by it
-        photo = torch.where(coverage[..., None] > 0, (rgb * 255).round().clamp(max=254), 255).byte()
-        save_photo(folder / f"rgb/{number:06d}.png", photo)
-        save_photo(folder / f"mask/{number:06d}.png", (coverage * 255).round().byte())
-        (folder / f"pose/{number:06d}.txt").write_text(numbers(pose) + "\n")
+        write_view(folder, number, rgb, coverage, pose)
         number += 1
         if number == wanted:
             break
     else:
         raise NothingSeen
-    f, cx, cy = K[0, 0].item(), K[0, 2].item(), K[1, 2].item()
-    (folder / "intrinsics.txt").write_text(f"{f} {cx} {cy} 0.\n0. 0. 0.\n1.\n{config.size} {config.size}\n")
 
 
 class NothingSeen(Exception):
     """Cameras all around it, and not one of them sees the object."""
+
+
+def write_intrinsics(folder, K, size):
+    """The one file, and the three folders, of an object in the SRN layout"""
+    for sub in ("rgb", "mask", "pose"):
+        (folder / sub).mkdir()
+    f, cx, cy = K[0, 0].item(), K[0, 2].item(), K[1, 2].item()
+    (folder / "intrinsics.txt").write_text(f"{f} {cx} {cy} 0.\n0. 0. 0.\n1.\n{size} {size}\n")
+
+
+def write_view(folder, number, rgb, coverage, pose):
+    """rgb (H,W,3), coverage (H,W) in [0, 1]"""
+    # White, 255, is the background's alone: other readers of this layout find their masks by it
+    photo = torch.where(coverage[..., None] > 0, (rgb * 255).round().clamp(max=254), 255).byte()
+    save_photo(folder / f"rgb/{number:06d}.png", photo)
+    save_photo(folder / f"mask/{number:06d}.png", (coverage * 255).round().byte())
+    (folder / f"pose/{number:06d}.txt").write_text(numbers(pose) + "\n")
 
 
 def save_photo(path, pixels):

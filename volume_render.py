@@ -184,10 +184,10 @@ def render_sparse(volume, origins, directions, samples, near, step, length, u, f
     k, bin = kept.T.nonzero().unbind(1)                                                     # (P,) samples
     ray, t = ray[k], t[bin, k]
 
-    point = torch.addcmul(o[:, ray], t, d[:, ray]).T.sub(0.5).div(N).sub(0.5)               # (P,3) in the world
+    point = torch.addcmul(o[:, ray], t, d[:, ray]).T.sub(0.5).div(N).sub(0.5)               # (P,3) in world
     sigma, rgb = field(lookup_sparse(volume, point, owner[ray]), point)
-    # As in composite(), but cumulative over the whole list, in double: what a ray has passed is the sum so far
-    # less the sum where it began
+    # As in composite(), but cumulative over the whole list, in double: what a ray has passed is the sum so
+    # far less the sum where it began
     tau = sigma * length[ray]                                                               # (P,)
     count = ray.bincount(minlength=B * R)                                                   # (BR,)
     total = F.pad(tau.double().cumsum(0), (1, 0))                                           # (P+1,)

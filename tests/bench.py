@@ -4,6 +4,8 @@ numbers worse, never better.
 
     python tests/bench.py           the rasteriser, on PyTorch3D's golden headphone and spheres of many faces
     python tests/bench.py --data    all of the default data too, from nothing to photos, in a temporary folder
+    python tests/bench.py --render  the renderer, dense and skipping empty space, on a volume trained for it first:
+                                    one object of data/earphones_train, 64^3 voxels, about a minute
 
 Times are the best of many (milliseconds): the machine's noise only ever adds.
 """
@@ -17,8 +19,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import autodecoder
 import render_shapenet as stage
 from meshes import Mesh, load_obj
+from volume_render import camera_rays, occupancy, render
 
 
 def best(call, times=30):
@@ -51,6 +55,41 @@ def report(mesh, supersample, milliseconds):
     print(f"rasterize {len(mesh.faces):>9,} faces, 128 px, {samples}   {milliseconds:7.1f} ms")
 
 
+def render_rows():
+    """128 x 128 rays of 64 samples through a trained 64^3 volume; of three views the mean"""
+    with tempfile.TemporaryDirectory() as folder:
+        autodecoder.main("--objects 1 --size 128 --channels 64,32,16 --steps 1000 --preview_every 1000 "
+                         f"--rays 4096 --out {folder}".split())
+        model, _ = autodecoder.load_autodecoder(folder)
+    volume = autodecoder.decode(model, model.codes[0], torch.device("cpu"))
+    K = stage.intrinsics_at(128, 131.25).float()[None]
+    times, worst_image, worst_gradient = [], math.inf, 1.0
+    for azimuth, elevation in ((215, 25), (100, 0), (340, -30)):
+        origins, directions = camera_rays(stage.camera_to_world_at(azimuth, elevation, 1.3).float()[None], K, 128)
+
+        def forward(skip, volume=volume):
+            cells = occupancy(volume, model.field) if skip else None
+            return render(volume, origins, directions, 64, model.field, occupied=cells)
+
+        def backward(skip):
+            leaf = volume.clone().requires_grad_()
+            rgb, alpha, _ = forward(skip, leaf)
+            return torch.autograd.grad(rgb.square().mean() + alpha.square().mean(), leaf)[0]
+
+        with torch.no_grad():
+            times.append([best(lambda: forward(skip)) for skip in (False, True)])
+            error = (forward(False)[0] - forward(True)[0]).square().mean().item()
+        times[-1] += [best(lambda: backward(skip)) for skip in (False, True)]
+        cosine = torch.cosine_similarity(*(backward(skip).double().flatten() for skip in (False, True)), 0).item()
+        worst_image = min(worst_image, -10 * math.log10(error + 1e-20))
+        worst_gradient = min(worst_gradient, cosine)
+    dense, skipping, dense_both, skipping_both = np.mean(times, 0)
+    print(f"render 64^3, 128 px, 64 samples: forward {dense:.1f} ms dense, {skipping:.1f} ms without empty space "
+          f"({dense / skipping:.1f}x); with backward {dense_both:.1f} and {skipping_both:.1f} ms "
+          f"({dense_both / skipping_both:.1f}x); images equal to {worst_image:.0f} dB, gradients to a cosine of "
+          f"{worst_gradient:.5f}; {occupancy(volume, model.field).float().mean():.1%} of the cells occupied")
+
+
 def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     golden = Path(__file__).parent / "golden"
@@ -65,6 +104,8 @@ def main():
     for n, times in ((224, 10), (708, 3)):
         mesh = sphere(n)
         report(mesh, 1, best(lambda: stage.rasterize(mesh, pose, K, 128), times))
+    if "--render" in sys.argv:
+        render_rows()
     if "--data" in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()

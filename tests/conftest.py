@@ -1,7 +1,34 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(2)
+SMOKE = ["--preset", "smoke", "--steps", "12", "--preview_every", "12", "--save_every", "4",
+         "--dense_steps", "4", "--rays", "64", "--device", "cpu"]
+
+
+def train(data, out, *more):
+    import autodecoder
+    autodecoder.main([*SMOKE, "--data", str(data / "earphones_train"), "--holdout_views", "2",
+                      "--out", str(out), *more])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Three small earphones to train on and two to test on"""
+    import render_shapenet
+    out = tmp_path_factory.mktemp("data")
+    render_shapenet.main(["--out", str(out), "--objects", "3", "--val_objects", "0", "--test_objects", "2",
+                          "--views", "4", "--holdout_views", "2", "--size", "32", "--workers", "1"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """A smoke-sized autodecoder of them"""
+    out = tmp_path_factory.mktemp("runs") / "autodecoder"
+    train(data, out)
+    return out

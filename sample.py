@@ -1,0 +1,276 @@
+"""
+Stage 3 of 3: new objects.  Noise from a seed, the denoiser, the latent that it ends at, G2, novel views:
+
+    n ~ N(0, I)  --EDM or DDPM-->  latent z  --G2-->  radiance volume  --render-->  views around it
+
+A picture proves little: a denoiser can return its training objects, or training objects plus noise that looks
+like something new.  So beside each sample stand its nearest training objects, and this is counted:
+
+    outside      the part of z - mean outside the span of the training latents, as a share of its norm.
+                 Mixtures of codes leave the span a little, G1 not being linear: they are the yardstick
+    d1           distance to the nearest training latent; beside it, training latents' to each other
+    copies       share of samples whose nearest training latent is under a third as far as the second nearest
+    one piece    share of the solid voxels in the largest piece that hangs together (earbuds have two)
+    haze         mean opacity further than 2 pixels from what is opaque
+    colours      distance of the surface's colours from the nearest of 4 colours (k-means): bleeding raises it
+
+in   runs/diffusion/last.pt and the autodecoder it was trained on; without them pretrained/earphones.pt
+out  samples/     sheet.png, figure3.png, report.txt, report.json; views/: a folder for each sample, its views
+                  and their cameras in the SRN layout
+run  python sample.py
+     python sample.py --count 64 --seed 1000 --views 0
+read Config, render_views, outside_span, measure, main.
+"""
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from autodecoder import build_autodecoder, depth_picture, largest_piece, load_autodecoder, voxel_opacity
+from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, parse_config, pick_device,
+                    save_picture)
+from diffusion import build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
+from render_shapenet import camera_to_world_at, intrinsics_at, write_intrinsics, write_view
+from volume_render import camera_rays, occupancy, render
+
+
+@dataclass
+class Config:
+    diffusion: str = "runs/diffusion"    # stage 2's folder
+    autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
+    out: str = "samples"                 # folder for the sheet, the views and the report
+    count: int = 8                       # how many samples
+    seed: int = 0                        # sample k comes from seed + k alone
+    steps: int = 0                       # of the sampler; 0: 18 for EDM, 1000 for DDPM
+    views: int = 24                      # of each sample, on a turn around it; 0: none
+    size: int = 128                      # pixels along a side of those views
+    elevation: float = 20.0              # degrees: the turn's height
+    batch: int = 64                      # samples denoised at a time: memory, not the result
+    device: str = "auto"                 # auto, cpu or cuda
+
+
+PRETRAINED = Path(__file__).parent / "pretrained/earphones.pt"
+ANGLES = ((215, 25), (30, 10), (125, -10), (300, 45))    # azimuth, elevation: the cameras to compare by
+SIZE = 64                                                # pixels of those views
+
+
+def load_models(config, device):
+    """-> autodecoder, its objects' names, denoiser: of the user's own runs or, without any, from the box"""
+    own = Path(config.diffusion, "last.pt").exists()
+    if not own and config.diffusion == Config.diffusion and PRETRAINED.exists():
+        state = load_checkpoint(PRETRAINED)
+        print(f"nothing is in {config.diffusion} yet: sampling from the model in the box, {PRETRAINED.name}")
+        return *build_autodecoder(state["autodecoder"], device), build_denoiser(state["diffusion"], device)[0]
+    if not own and not Path("runs/autodecoder").exists():
+        raise UserError(f"nothing is trained yet: {config.diffusion}/last.pt is not there. "
+                        "Run: python autodecoder.py, then python diffusion.py")
+    denoiser, trained_on = load_denoiser(config.diffusion, device)
+    folder = config.autodecoder or trained_on["folder"]
+    model, names = load_autodecoder(folder, device)
+    if fingerprint(model) != trained_on["fingerprint"]:
+        raise UserError(f"{config.diffusion} was trained on another autodecoder than {folder} is now. "
+                        "Run: python diffusion.py --fresh")
+    print(f"sampling from {config.diffusion}/last.pt")
+    return model, names, denoiser
+
+
+# -------------------------------------------------------------------------------------------------- rendering
+
+@torch.no_grad()
+def render_views(model, latents, poses, size, batch=8):
+    """latents (B,...), poses (V,4,4) -> rgb (B,V,H,W,3), alpha (B,V,H,W), depth, solid (B,D,H,W) bool"""
+    K, device = intrinsics_at(size, 131.25).float().to(latents.device), latents.device
+    rays = (some.flatten(0, 1)[None] for some in camera_rays(poses.to(device), K, size))
+    origins, directions = (some.expand(batch, -1, -1) for some in rays)                    # (batch,VHW,3)
+    parts = []
+    for part in latents.split(batch):
+        volume, B = model.to_volume(part), len(part)
+        pictures = render(volume, origins[:B], directions[:B], 2 * model.config.samples, model.field,
+                          occupied=occupancy(volume, model.field))
+        shape = (B, len(poses), size, size)
+        rgb, alpha, depth = (picture.view(*shape, *picture.shape[2:]) for picture in pictures)
+        parts.append((rgb, alpha, depth, voxel_opacity(model, volume) > 0.5))
+    return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
+
+
+def cameras(angles):
+    return torch.stack([camera_to_world_at(azimuth, elevation, 1.3) for azimuth, elevation in angles]).float()
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+def outside_span(latents, training):
+    """(B,...), (N,...) -> (B,): the share of each one's norm, about the training mean, that no sum of
+    training latents gives"""
+    mean = training.mean(0)
+    span = torch.linalg.svd((training - mean).flatten(1), full_matrices=False)[2][:len(training) - 1]
+    x = (latents - mean).flatten(1)
+    return (x - x @ span.T @ span).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)
+
+
+def nearest(latents, training, itself=False):
+    """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
+    exact = "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
+    if itself:                                                     # training latents, each to the others
+        distance.fill_diagonal_(math.inf)
+    return distance.sort(1)
+
+
+def colour_residual(rgb, alpha, count=4):
+    """(V,H,W,3), (V,H,W) -> how far the opaque pixels' colours are from the nearest of `count` (rms)"""
+    colours = rgb[alpha > 0.9]
+    if len(colours) < count:
+        return math.nan
+    means = colours[torch.linspace(0, len(colours) - 1, count).long()]
+    for _ in range(10):                                            # k-means
+        which = torch.cdist(colours, means).argmin(1)
+        means = torch.stack([colours[which == k].mean(0) if (which == k).any() else means[k]
+                             for k in range(count)])
+    return torch.cdist(colours, means).min(1).values.square().mean().sqrt().item()
+
+
+def haze(alpha):
+    """(V,H,W) -> mean opacity further than 2 pixels from what is opaque"""
+    beyond = F.max_pool2d((alpha > 0.5).float()[:, None], 5, 1, 2)[:, 0] == 0
+    return alpha[beyond].mean().item() if beyond.any() else 0.0
+
+
+MEASURES = ("outside", "d1", "d1_over_d2", "one_piece", "haze", "colours")
+
+
+def measure(latents, training, views, itself=False):
+    """-> one dict for each latent, of whose views (rgb, alpha, depth, solid) are given"""
+    distance, whose = nearest(latents, training, itself)
+    outside, rows = outside_span(latents, training), []
+    for k, (rgb, alpha, _, solid) in enumerate(zip(*views)):
+        numbers = (outside[k].item(), distance[k, 0].item(), (distance[k, 0] / distance[k, 1]).item(),
+                   largest_piece(solid), haze(alpha), colour_residual(rgb, alpha))
+        rows.append(dict(zip(MEASURES, numbers)) | {"nearest": whose[k, :3].tolist(),
+                                                    "distances": distance[k, :3].tolist()})
+    return rows
+
+
+def summarise(columns):
+    """{name: rows of measure()} -> a table, a line for each number and a column for each set"""
+    of = lambda rows, key: torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    lines = [("outside the span, median", lambda r: of(r, "outside").median()),
+             ("outside the span, 95th percentile", lambda r: of(r, "outside").quantile(0.95)),
+             ("d1, mean", lambda r: of(r, "d1").mean()),
+             ("copies, d1 / d2 < 1/3", lambda r: (of(r, "d1_over_d2") < 1 / 3).double().mean()),
+             ("in one piece (95 % of it)", lambda r: (of(r, "one_piece") > 0.95).double().mean()),
+             ("haze, mean", lambda r: of(r, "haze").mean()),
+             ("colours off the nearest of 4", lambda r: of(r, "colours").nanmean())]
+    text = [" " * 36 + "".join(f"{name:>16}" for name in columns)]
+    for label, number in lines:
+        text.append(f"{label:<36}" + "".join(f"{number(rows):>16.4f}" for rows in columns.values()))
+    return "\n".join(text)
+
+
+def kinds_of(names, folder):
+    """Of our earphones, each one's kind"""
+    files = [Path(folder, name, "factors.json") for name in names]
+    return [json.loads(file.read_text())["kind"] if file.exists() else "objects" for file in files]
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+def contact_sheet(views, rows, seeds, trained, names):
+    """Each sample a line: four views, depth, the three nearest training objects by latent and by picture"""
+    rgb, alpha, depth, _ = views
+    apart = torch.cdist(rgb.flatten(1), trained[0].flatten(1)) / rgb[0].numel() ** 0.5     # rms of four views
+    tile, strip, gap = SIZE * 2, 14, 4
+    width, height = 11 * (tile + gap), tile + strip
+    sheet = Image.new("RGB", (width, len(rgb) * height + strip), "white")
+    pen = ImageDraw.Draw(sheet)
+    heads = ["sample", "", "", "", "depth", "nearest by latent", "", "", "nearest by picture", "", ""]
+    for column, head in enumerate(heads):
+        pen.text((column * (tile + gap) + 2, 1), head, fill="black")
+    for k, row in enumerate(rows):
+        by_picture = apart[k].argsort()[:3].tolist()
+        pictures = [*rgb[k], depth_picture(depth[k, 0], alpha[k, 0]),
+                    *trained[0][row["nearest"], 0], *trained[0][by_picture, 0]]
+        captions = [f"seed {seeds[k]}", "", "", "", f"outside {row['outside']:.2f}"]
+        captions += [f"{names[o]} {d:.0f}" for o, d in zip(row["nearest"], row["distances"])]
+        captions += [f"{names[o]} {apart[k, o]:.3f}" for o in by_picture]
+        row["nearest_by_picture"] = by_picture
+        for column, (picture, caption) in enumerate(zip(pictures, captions)):
+            x, y = column * (tile + gap), strip + k * height
+            pixels = (picture.clamp(0, 1) * 255).round().byte().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.NEAREST), (x, y))
+            pen.text((x + 2, y + tile), caption, fill="black")
+    return np.asarray(sheet)
+
+
+def write_sample(folder, model, latent, config):
+    """One sample's views, on a turn around it, in the SRN layout"""
+    poses = cameras([(360 * k / config.views, config.elevation) for k in range(config.views)])
+    rgb, alpha, _, _ = (picture[0] for picture in render_views(model, latent[None], poses, config.size))
+    with atomic_folder(folder) as temporary:
+        write_intrinsics(temporary, intrinsics_at(config.size, 131.25), config.size)
+        for k, pose in enumerate(poses):
+            write_view(temporary, k, rgb[k].clamp(0, 1), alpha[k], pose)
+    return rgb
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+def main(argv=None):
+    config = parse_config(Config, argv=argv)
+    for name, least in (("count", 1), ("steps", 0), ("views", 0), ("size", 1), ("batch", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
+    device = pick_device(config.device)
+    model, names, denoiser = load_models(config, device)
+    seeds = range(config.seed, config.seed + config.count)
+    steps = config.steps or (18 if denoiser.config.formulation == "edm" else 1000)
+
+    began = time.perf_counter()
+    latents = torch.cat([sample(denoiser, seeds[k:k + config.batch], steps)
+                         for k in range(0, config.count, config.batch)])
+    denoised = time.perf_counter()
+    render_views(model, latents, cameras(ANGLES[:1]), SIZE)
+    rendered = time.perf_counter()
+    print(f"{config.count} samples in {steps} steps: {(denoised - began) / config.count:.3f} s each, and "
+          f"{(rendered - denoised) / config.count:.3f} s to decode and render one view of {SIZE} pixels")
+
+    # The training objects as the model knows them, and mixtures of their codes, to compare with
+    training = latents_of(model, model.codes)
+    mixtures = latents_of(model, code_mixtures(model.codes, 256, torch.Generator().manual_seed(0)))
+    sets = {"samples": latents, "reconstructions": training, "code mixtures": mixtures}
+    views = {name: render_views(model, some, cameras(ANGLES), SIZE) for name, some in sets.items()}
+    rows = {name: measure(some, training, views[name], some is training) for name, some in sets.items()}
+    text = summarise(rows)
+    between = torch.pdist(latents.flatten(1)) if config.count > 1 else torch.tensor([math.nan])
+    training_nearest = nearest(training, training, itself=True)[0][:, 0]
+    text += (f"\nclosest two samples {between.min():.1f}; training objects' nearest neighbours "
+             f"{training_nearest.quantile(0.05):.1f} (5th percentile) to {training_nearest.max():.1f}")
+    kinds = kinds_of(names, model.config.data)
+    near = [kinds[row["nearest"][0]] for row in rows["samples"]]
+    text += "\nkinds of the nearest training objects: "
+    text += ", ".join(f"{near.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    print(text)
+
+    out = Path(config.out)
+    sheet = contact_sheet(views["samples"], rows["samples"], seeds, views["reconstructions"], names)
+    save_picture(out / "sheet.png", sheet)
+    with atomic_file(out / "report.txt") as temporary:
+        temporary.write_text(text + "\n")
+    with atomic_file(out / "report.json") as temporary:
+        temporary.write_text(json.dumps({"config": asdict(config), "names": names, "rows": rows}))
+    for k, latent in enumerate(latents) if config.views else ():
+        turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
+        if k == 0:                         # the paper's Figure 3: a new object from cameras all around it
+            some = turn[torch.linspace(0, config.views, 9)[:8].long()].clamp(0, 1)
+            save_picture(out / "figure3.png", grid((some * 255).round().byte(), 8))
+    print(f"wrote {out}: sheet.png, report.txt, report.json" + ", figure3.png, views/" * (config.views > 0))
+
+
+if __name__ == "__main__":
+    main()
