@@ -49,7 +49,7 @@ class Config:
     children: int = 2                    # 1 | 2: voxels a side that each voxel of the last level becomes
     blocks: int = 1                      # residual blocks a level
     attention: bool = False              # self-attention at the latent's resolution, as 3DADM has
-    coordinates: bool = True             # each block sees where its voxels are ("position concatenation")
+    coordinates: bool = False            # each block sees where its voxels are ("position concatenation")
     grid: str = "3d"                     # 3d | 2d: a volume, or three feature planes (with the mlp head)
     head: str = "voxel"                  # voxel | mlp: density and colour, or features that a small MLP reads
     features: int = 8                    # channels of the volume that the mlp head reads
@@ -98,8 +98,9 @@ PRESETS = {
                   samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5, fit_steps=5,
                   fit_objects=2),
     # What knobs can express of the paper's notebook; not its cropped 90-degree camera, nor its dead ReLU
-    "seed": dict(transmittance="inclusive", latent_resolution=4, channels="32,16,16,16", children=1,
-                 head="mlp", mask_weight=0.0, foreground=0.0, batch_objects=1, batch_views=1, code_decay=0.0),
+    "seed": dict(transmittance="inclusive", coordinates=True, latent_resolution=4, channels="32,16,16,16",
+                 children=1, head="mlp", mask_weight=0.0, foreground=0.0, batch_objects=1, batch_views=1,
+                 code_decay=0.0),
     "3dadm": GPU | dict(code_width=1024, latent_channels=256, channels="256,128,64,32", children=1,
                         blocks=4, attention=True, samples=128, batch_views=4, decoder_lr=5e-4, code_lr=5e-4),
 }

@@ -4,8 +4,8 @@ numbers worse, never better.
 
     python tests/bench.py           the rasteriser, on PyTorch3D's golden headphone and spheres of many faces
     python tests/bench.py --data    all of the default data too, from nothing to photos, in a temporary folder
-    python tests/bench.py --render  the renderer, dense and skipping empty space, on a volume trained for it first:
-                                    one object of data/earphones_train, 64^3 voxels, about a minute
+    python tests/bench.py --render  the renderer, dense and skipping empty space, on a volume of 64^3 that
+                                    is trained for it first, on one object of data/earphones_train
 
 Times are the best of many (milliseconds): the machine's noise only ever adds.
 """
@@ -65,7 +65,8 @@ def render_rows():
     K = stage.intrinsics_at(128, 131.25).float()[None]
     times, worst_image, worst_gradient = [], math.inf, 1.0
     for azimuth, elevation in ((215, 25), (100, 0), (340, -30)):
-        origins, directions = camera_rays(stage.camera_to_world_at(azimuth, elevation, 1.3).float()[None], K, 128)
+        pose = stage.camera_to_world_at(azimuth, elevation, 1.3).float()[None]
+        origins, directions = camera_rays(pose, K, 128)
 
         def forward(skip, volume=volume):
             cells = occupancy(volume, model.field) if skip else None
@@ -80,14 +81,15 @@ def render_rows():
             times.append([best(lambda: forward(skip)) for skip in (False, True)])
             error = (forward(False)[0] - forward(True)[0]).square().mean().item()
         times[-1] += [best(lambda: backward(skip)) for skip in (False, True)]
-        cosine = torch.cosine_similarity(*(backward(skip).double().flatten() for skip in (False, True)), 0).item()
+        gradients = [backward(skip).double().flatten() for skip in (False, True)]
         worst_image = min(worst_image, -10 * math.log10(error + 1e-20))
-        worst_gradient = min(worst_gradient, cosine)
+        worst_gradient = min(worst_gradient, torch.cosine_similarity(*gradients, 0).item())
     dense, skipping, dense_both, skipping_both = np.mean(times, 0)
-    print(f"render 64^3, 128 px, 64 samples: forward {dense:.1f} ms dense, {skipping:.1f} ms without empty space "
-          f"({dense / skipping:.1f}x); with backward {dense_both:.1f} and {skipping_both:.1f} ms "
-          f"({dense_both / skipping_both:.1f}x); images equal to {worst_image:.0f} dB, gradients to a cosine of "
-          f"{worst_gradient:.5f}; {occupancy(volume, model.field).float().mean():.1%} of the cells occupied")
+    occupied = occupancy(volume, model.field).float().mean()
+    print(f"render 64^3, {occupied:.1%} of it occupied, 128 px, 64 samples: equal to {worst_image:.0f} dB, gradients "
+          f"to a cosine of {worst_gradient:.5f}")
+    for what, a, b in (("forward", dense, skipping), ("with backward", dense_both, skipping_both)):
+        print(f"{what:<14} {a:6.1f} ms dense, {b:5.1f} ms without empty space: {a / b:.1f}x")
 
 
 def main():
