@@ -77,7 +77,7 @@ PRESETS = {
     "gpu": dict(steps=20000, batch=1024, preview_every=5000, save_every=2000),
     "smoke": dict(steps=20, batch=16, mixtures=32, components=8, width=32, layers=1, preview_every=10,
                   save_every=10, log_every=5),
-    "unet": dict(denoiser="unet", batch=16, steps=1200, preview_every=300, save_every=200),
+    "unet": dict(denoiser="unet", batch=16, steps=4000),
     "paper": dict(formulation="ddpm"),
     "3dadm": dict(denoiser="unet", channels="128,384", batch=64, steps=50000, normalization="robust_global",
                   lr=4.5e-4),
