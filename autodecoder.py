@@ -28,8 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import (Run, UserError, atomic_file, grid, load_checkpoint, parse_config, pick_device,
-                    save_picture)
+from common import (Run, UserError, atomic_file, grid, load_checkpoint, new_figure, parse_config, pick_device,
+                    plot_log, save_figure, save_picture)
 from volume_render import camera_rays, density, occupancy, render
 
 
@@ -494,31 +494,6 @@ def save_preview(path, rows):
     save_picture(path, np.kron(grid(rows.flatten(0, 1), rows.shape[1]), np.ones((2, 2, 1), np.uint8)))
 
 
-def new_figure(*arguments, **options):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(*arguments, layout="constrained", **options)
-
-
-def save_figure(figure, path):
-    figure.canvas.draw()
-    save_picture(path, np.asarray(figure.canvas.buffer_rgba())[..., :3])
-
-
-def plot_log(run):
-    """log.jsonl -> curve.png"""
-    rows = [json.loads(line) for line in open(run.folder / "log.jsonl")]
-    figure, axes = new_figure(figsize=(6, 3.5))
-    for key, label, style in (("psnr", "training rays", "y-"), ("heldout", "held-out views", "C0o-"),
-                              ("heldout_foreground", "held-out views, foreground", "C1o-")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
-    axes.set(xlabel="step", ylabel="PSNR (dB)")
-    axes.legend()
-    save_figure(figure, run.folder / "curve.png")
-
-
 @torch.no_grad()
 def figure1(model, photos, path, device, o=0):
     """The pipeline, from real tensors: code, latent, volume, a held-out view, its depth, the photo."""
@@ -633,7 +608,8 @@ def main(argv=None):
     print(table(rows, photos.kinds()))
     with atomic_file(run.folder / "table.txt") as temporary:
         temporary.write_text(table(rows, photos.kinds()) + "\n")
-    plot_log(run)
+    plot_log(run.folder, "PSNR (dB)", psnr="training rays", heldout="held-out views",
+             heldout_foreground="held-out views, foreground")
     figure1(model, photos, run.folder / "figure1.png", device)
     if len(photos.names) == 1:                       # the paper's Figure 2: trained, truth, depth
         truth, ours, depth = preview(model, model.codes, photos, [0], test_views[0], device)

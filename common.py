@@ -341,3 +341,32 @@ def grid(pictures, columns, gap=2):
 def save_picture(path, picture):
     with atomic_file(path) as temporary:
         Image.fromarray(np.asarray(picture)).save(temporary, format="PNG", optimize=True)
+
+
+def new_figure(*arguments, **options):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(*arguments, layout="constrained", **options)
+
+
+def save_figure(figure, path):
+    figure.canvas.draw()
+    save_picture(path, np.asarray(figure.canvas.buffer_rgba())[..., :3])
+
+
+def plot_log(folder, ylabel, **labels):
+    """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
+    rows = []
+    for line in open(Path(folder) / "log.jsonl"):
+        with suppress(ValueError):                    # a line that a kill cut off in the middle
+            rows.append(json.loads(line))
+    figure, axis = new_figure(figsize=(6, 3.5))
+    for key, label in labels.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            often = len(points) > 50
+            axis.plot(*zip(*points), lw=0.7 if often else 1.5, marker="" if often else "o", ms=3, label=label)
+    axis.set(xlabel="step", ylabel=ylabel)
+    axis.legend()
+    save_figure(figure, Path(folder) / "curve.png")

@@ -23,7 +23,6 @@ run  python diffusion.py                                        then: python sam
      python diffusion.py --mix 0 --out runs/copies              the lesson: samples are copies
 read Config, RobustNorm, choose_levels, the EDM and DDPM functions side by side, MLP, UNet, main.
 """
-import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,8 +31,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import Attention, load_autodecoder, new_figure, render_view, save_figure, save_preview
-from common import Run, UserError, load_checkpoint, parse_config, pick_device
+from autodecoder import Attention, load_autodecoder, render_view, save_preview
+from common import (Run, UserError, load_checkpoint, new_figure, parse_config, pick_device, plot_log,
+                    save_figure)
 from render_shapenet import camera_to_world_at, intrinsics_at
 
 
@@ -494,19 +494,6 @@ def plot_histogram(denoiser, latents, path):
     save_figure(figure, path)
 
 
-def plot_losses(run):
-    """log.jsonl -> curve.png"""
-    rows = [json.loads(line) for line in open(run.folder / "log.jsonl")]
-    figure, axis = new_figure(figsize=(6, 3.5))
-    for key in ("low", "middle", "high", "heldout"):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axis.plot(*zip(*points), lw=0.7, label={"heldout": "objects kept aside"}.get(key, f"{key} noise"))
-    axis.set(xlabel="step", ylabel="loss")
-    axis.legend()
-    save_figure(figure, run.folder / "curve.png")
-
-
 def preview(model, denoiser, raw, averaged, size=64):
     """(2,8,H,W,3) bytes: seeds 0 to 7 by the raw weights; below by the averaged, which stay in the network"""
     pose, K, rows = camera_to_world_at(215, 25, 1.3).float(), intrinsics_at(size, 131.25).float(), []
@@ -609,7 +596,8 @@ def main(argv=None):
             if run.stopping:
                 raise UserError(f"stopped by {run.stopping} at step {step}, saved: the same command goes on "
                                 "from there")
-    plot_losses(run)
+    plot_log(run.folder, "loss", low="low noise", middle="middle noise", high="high noise",
+             heldout="objects kept aside")
     print(f"wrote {run.folder}: last.pt, levels.png, histogram.png, curve.png, previews/. "
           "Next: python sample.py")
 

@@ -10,7 +10,8 @@ like something new.  So beside each sample stand its nearest training objects, a
                  Mixtures of codes leave the span a little, G1 not being linear: they are the yardstick
     d1           distance to the nearest training latent; beside it, training latents' to each other
     copies       share of samples whose nearest training latent is under a third as far as the second nearest
-    one piece    share of the solid voxels in the largest piece that hangs together (earbuds have two)
+    piece        share of the solid voxels in the largest piece that hangs together, for samples whose nearest
+                 training object is in one piece (earbuds are in two)
     haze         mean opacity further than 2 pixels from what is opaque
     colours      distance of the surface's colours from the nearest of 4 colours (k-means): bleeding raises it
 
@@ -142,7 +143,7 @@ def haze(alpha):
     return alpha[beyond].mean().item() if beyond.any() else 0.0
 
 
-MEASURES = ("outside", "d1", "d1_over_d2", "one_piece", "haze", "colours")
+MEASURES = ("outside", "d1", "d1_over_d2", "piece", "haze", "colours")
 
 
 def measure(latents, training, views, itself=False):
@@ -160,11 +161,13 @@ def measure(latents, training, views, itself=False):
 def summarise(columns):
     """{name: rows of measure()} -> a table, a line for each number and a column for each set"""
     of = lambda rows, key: torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    whole = lambda rows: of([row for row in rows if row["of_one_piece"]], "piece")
     lines = [("outside the span, median", lambda r: of(r, "outside").median()),
              ("outside the span, 95th percentile", lambda r: of(r, "outside").quantile(0.95)),
              ("d1, mean", lambda r: of(r, "d1").mean()),
              ("copies, d1 / d2 < 1/3", lambda r: (of(r, "d1_over_d2") < 1 / 3).double().mean()),
-             ("in one piece (95 % of it)", lambda r: (of(r, "one_piece") > 0.95).double().mean()),
+             ("largest piece, mean", lambda r: whole(r).mean()),
+             ("share with under 95 % in it", lambda r: (whole(r) < 0.95).double().mean()),
              ("haze, mean", lambda r: of(r, "haze").mean()),
              ("colours off the nearest of 4", lambda r: of(r, "colours").nanmean())]
     text = [" " * 36 + "".join(f"{name:>16}" for name in columns)]
@@ -246,6 +249,10 @@ def main(argv=None):
     sets = {"samples": latents, "reconstructions": training, "code mixtures": mixtures}
     views = {name: render_views(model, some, cameras(ANGLES), SIZE) for name, some in sets.items()}
     rows = {name: measure(some, training, views[name], some is training) for name, some in sets.items()}
+    whole = [row["piece"] > 0.95 for row in rows["reconstructions"]]
+    for name, some in rows.items():
+        for k, row in enumerate(some):
+            row["of_one_piece"] = whole[k if name == "reconstructions" else row["nearest"][0]]
     text = summarise(rows)
     between = torch.pdist(latents.flatten(1)) if config.count > 1 else torch.tensor([math.nan])
     training_nearest = nearest(training, training, itself=True)[0][:, 0]

@@ -86,8 +86,8 @@ def render_rows():
         worst_gradient = min(worst_gradient, torch.cosine_similarity(*gradients, 0).item())
     dense, skipping, dense_both, skipping_both = np.mean(times, 0)
     occupied = occupancy(volume, model.field).float().mean()
-    print(f"render 64^3, {occupied:.1%} of it occupied, 128 px, 64 samples: equal to {worst_image:.0f} dB, gradients "
-          f"to a cosine of {worst_gradient:.5f}")
+    print(f"render 64^3, {occupied:.1%} of it occupied, 128 px, 64 samples: equal to {worst_image:.0f} dB, "
+          f"gradients to a cosine of {worst_gradient:.5f}")
     for what, a, b in (("forward", dense, skipping), ("with backward", dense_both, skipping_both)):
         print(f"{what:<14} {a:6.1f} ms dense, {b:5.1f} ms without empty space: {a / b:.1f}x")
 

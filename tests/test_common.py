@@ -87,3 +87,9 @@ def test_device():
         torch.cuda.is_available() and pytest.skip("there is a GPU")
         common.pick_device("cuda")
     assert common.pick_device("cpu").type == "cpu"
+
+
+def test_a_log_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n')
+    common.plot_log(tmp_path, "loss", loss="loss", absent="never logged")
+    assert (tmp_path / "curve.png").exists()

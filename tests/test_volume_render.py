@@ -160,6 +160,14 @@ def test_skipping_empty_space_changes_nothing(samples, generator):
     assert (rgb2[2] == 1).all()                                                         # nothing there at all
 
 
+def test_where_nothing_is_all_is_white():
+    volume = torch.full((2, 4, 16, 16, 16), -30.0, requires_grad=True)
+    origins, directions = (rays.expand(2, -1, -1) for rays in camera(8))
+    rgb, alpha, depth = v.render(volume, origins, directions, 16, occupied=v.occupancy(volume))
+    assert (rgb == 1).all() and (alpha == 0).all() and depth.isinf().all()
+    assert (torch.autograd.grad(rgb.sum() + alpha.sum(), volume)[0] == 0).all()
+
+
 def test_one_sample_is_looked_up_where_it_is():
     volume = torch.randn(3, 5, 4, 4, 4, generator=torch.Generator().manual_seed(4))
     position = torch.rand(50, 3, generator=torch.Generator().manual_seed(5)) - 0.5
