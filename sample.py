@@ -245,7 +245,7 @@ def main(argv=None):
 
     # The training objects as the model knows them, and mixtures of their codes, to compare with
     training = latents_of(model, model.codes)
-    mixtures = latents_of(model, code_mixtures(model.codes, 256, torch.Generator().manual_seed(0)))
+    mixtures = latents_of(model, code_mixtures(model.codes, 128, torch.Generator().manual_seed(0)))
     sets = {"samples": latents, "reconstructions": training, "code mixtures": mixtures}
     views = {name: render_views(model, some, cameras(ANGLES), SIZE) for name, some in sets.items()}
     rows = {name: measure(some, training, views[name], some is training) for name, some in sets.items()}

@@ -295,7 +295,7 @@ def test_training_writes_and_samples(diffused, trained, tmp_path, capsys):
     assert photos.shape == (3, 2, 32, 32, 3) and masks is not None and names[0] == "seed_000000"
     rows = json.loads((tmp_path / "s/report.json").read_text())["rows"]
     counts = {name: len(some) for name, some in rows.items()}
-    assert counts == {"samples": 3, "reconstructions": 3, "code mixtures": 256}
+    assert counts == {"samples": 3, "reconstructions": 3, "code mixtures": 128}
     assert max(row["outside"] for row in rows["reconstructions"]) < 1e-3
     assert np.array(Image.open(tmp_path / "s/sheet.png")).shape[0] > 3 * 128
     assert (tmp_path / "s/figure3.png").exists()
