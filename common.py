@@ -351,8 +351,10 @@ def new_figure(*arguments, **options):
 
 
 def save_figure(figure, path):
+    import matplotlib.pyplot as plt
     figure.canvas.draw()
     save_picture(path, np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
 
 
 def plot_log(folder, ylabel, **labels):
