@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import (Run, UserError, atomic_file, grid, load_checkpoint, new_figure, parse_config, pick_device,
+from common import (Run, UserError, atomic_file, grid, load_stage, new_figure, parse_config, pick_device,
                     plot_log, save_figure, save_picture)
 from volume_render import camera_rays, density, occupancy, render
 
@@ -255,10 +255,7 @@ def fast_precision(config, device):
 
 def load_autodecoder(folder, device="cpu"):
     """The trained model of a run, built from the config it was trained with -> model in eval mode, names"""
-    file = Path(folder) / "last.pt"
-    if not file.exists():
-        raise UserError(f"this needs stage 1's model, and {file} is not there. Run: python autodecoder.py")
-    return build_autodecoder(load_checkpoint(file), device)
+    return build_autodecoder(load_stage(folder, "stage 1's model", "autodecoder.py"), device)
 
 
 def build_autodecoder(state, device="cpu"):
@@ -285,10 +282,11 @@ class Photos:
         self.near_count = near.sum(-1)                                             # (B,V)
         self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
 
-    def kinds(self):
-        """A label for each object where the data has one: our earphones' kind."""
-        files = [self.folder / name / "factors.json" for name in self.names]
-        return [json.loads(file.read_text())["kind"] if file.exists() else "objects" for file in files]
+
+def kinds_of(folder, names):
+    """A label for each object where the data has one: our earphones' kind"""
+    files = [Path(folder, name, "factors.json") for name in names]
+    return [json.loads(file.read_text())["kind"] if file.exists() else "objects" for file in files]
 
 
 def draw_batch(photos, config, views, generator, objects=None):
@@ -605,9 +603,9 @@ def main(argv=None):
                                 "from there")
 
     rows = measure(model, model.codes, photos, range(len(photos.names)), test_views, device, white)
-    print(table(rows, photos.kinds()))
+    print(table(rows, kinds_of(photos.folder, photos.names)))
     with atomic_file(run.folder / "table.txt") as temporary:
-        temporary.write_text(table(rows, photos.kinds()) + "\n")
+        temporary.write_text(table(rows, kinds_of(photos.folder, photos.names)) + "\n")
     plot_log(run.folder, "PSNR (dB)", psnr="training rays", heldout="held-out views",
              heldout_foreground="held-out views, foreground")
     figure1(model, photos, run.folder / "figure1.png", device)
@@ -635,7 +633,7 @@ def fit(config, device):
     rows = measure(model, codes, photos, everything, others, device, mean_photo(photos, torch.arange(count)))
     print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in "
           f"{seconds:.1f} s, measured on {len(others)} others")
-    print(table(rows, photos.kinds()))
+    print(table(rows, kinds_of(photos.folder, photos.names)))
     shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
     path = Path(config.out, f"fit_{given}_views.png")
     save_preview(path, preview(model, codes[shown], photos, shown, others[0], device))

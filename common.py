@@ -300,6 +300,14 @@ def load_checkpoint(file):
         raise UserError(f"{file} is damaged and cannot be read ({why})") from None
 
 
+def load_stage(folder, what, script):
+    """What an earlier stage saved in its folder"""
+    file = Path(folder) / "last.pt"
+    if not file.exists():
+        raise UserError(f"this needs {what}, and {file} is not there. Run: python {script}")
+    return load_checkpoint(file)
+
+
 def clock(seconds):
     """3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s"""
     seconds = int(seconds + 0.5)

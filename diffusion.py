@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import Attention, load_autodecoder, render_view, save_preview
-from common import (Run, UserError, load_checkpoint, new_figure, parse_config, pick_device, plot_log,
+from common import (Run, UserError, load_stage, new_figure, parse_config, pick_device, plot_log,
                     save_figure)
 from render_shapenet import camera_to_world_at, intrinsics_at
 
@@ -394,7 +394,7 @@ class Denoiser(nn.Module):
         if len(self.basis):
             self.basis.copy_(principal(both.flatten(1), len(self.basis)))
         # sigma_data is measured: one number, or one for each component.  Errors in a component count by its
-        # share of the variance: with all alike, three times as many samples fell to pieces
+        # share of the variance: alike, the many small components would outweigh the few that make the shape
         rms = self.norm.normalize(latents).square().mean().sqrt()
         self.deviation.fill_(rms)
         if len(self.basis):
@@ -435,20 +435,17 @@ def principal(rows, count):
 
 
 @torch.no_grad()
-def sample(denoiser, seeds, steps=18):
-    """One latent for each seed, the same in any batch -> (B,C,r,r,r)"""
+def sample(denoiser, seeds, steps=0):
+    """One latent for each seed, the same in any batch -> (B,C,r,r,r); steps 0: the formulation's own"""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     shape = (len(denoiser.basis),) if len(denoiser.basis) else denoiser.shape
-    sampler = edm_sample if denoiser.config.formulation == "edm" else ddpm_sample
-    return denoiser.decode(sampler(denoiser, generators, shape, steps))
+    sampler, usual = (edm_sample, 18) if denoiser.config.formulation == "edm" else (ddpm_sample, TIMES)
+    return denoiser.decode(sampler(denoiser, generators, shape, steps or usual))
 
 
 def load_denoiser(folder, device="cpu"):
     """The trained denoiser of a run, and of the autodecoder that it is for: folder and fingerprint"""
-    file = Path(folder) / "last.pt"
-    if not file.exists():
-        raise UserError(f"this needs stage 2's denoiser, and {file} is not there. Run: python diffusion.py")
-    return build_denoiser(load_checkpoint(file), device)
+    return build_denoiser(load_stage(folder, "stage 2's denoiser", "diffusion.py"), device)
 
 
 def build_denoiser(state, device="cpu"):

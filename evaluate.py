@@ -94,8 +94,7 @@ def main(argv=None):
     fresh = pictures(model, latents_of(model, fresh_codes(config, model, device)))
     generator = torch.Generator().manual_seed(config.seed)
     sets = {
-        "ours": draw_samples(denoiser, range(config.seed, config.seed + config.count),
-                             18 if denoiser.config.formulation == "edm" else 1000),
+        "ours": draw_samples(denoiser, range(config.seed, config.seed + config.count)),
         "mixtures of codes": latents_of(model, code_mixtures(model.codes, config.count, generator)),
         "Gaussian of codes": latents_of(model, gaussian(model.codes, config.count, generator)),
         "Gaussian of latents": gaussian(training, config.count, generator),

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from autodecoder import build_autodecoder, depth_picture, largest_piece, load_autodecoder, voxel_opacity
+from autodecoder import (build_autodecoder, depth_picture, kinds_of, largest_piece, load_autodecoder,
+                         voxel_opacity)
 from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, parse_config, pick_device,
                     save_picture)
 from diffusion import build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
@@ -176,12 +177,6 @@ def summarise(columns):
     return "\n".join(text)
 
 
-def kinds_of(names, folder):
-    """Of our earphones, each one's kind"""
-    files = [Path(folder, name, "factors.json") for name in names]
-    return [json.loads(file.read_text())["kind"] if file.exists() else "objects" for file in files]
-
-
 # -------------------------------------------------------------------------------------------------- pictures
 
 def contact_sheet(views, rows, seeds, trained, names):
@@ -232,15 +227,14 @@ def main(argv=None):
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
     seeds = range(config.seed, config.seed + config.count)
-    steps = config.steps or (18 if denoiser.config.formulation == "edm" else 1000)
 
     began = time.perf_counter()
-    latents = torch.cat([sample(denoiser, seeds[k:k + config.batch], steps)
+    latents = torch.cat([sample(denoiser, seeds[k:k + config.batch], config.steps)
                          for k in range(0, config.count, config.batch)])
     denoised = time.perf_counter()
     render_views(model, latents, cameras(ANGLES[:1]), SIZE)
     rendered = time.perf_counter()
-    print(f"{config.count} samples in {steps} steps: {(denoised - began) / config.count:.3f} s each, and "
+    print(f"{config.count} samples: {(denoised - began) / config.count:.3f} s each, and "
           f"{(rendered - denoised) / config.count:.3f} s to decode and render one view of {SIZE} pixels")
 
     # The training objects as the model knows them, and mixtures of their codes, to compare with
@@ -258,7 +252,7 @@ def main(argv=None):
     training_nearest = nearest(training, training, itself=True)[0][:, 0]
     text += (f"\nclosest two samples {between.min():.1f}; training objects' nearest neighbours "
              f"{training_nearest.quantile(0.05):.1f} (5th percentile) to {training_nearest.max():.1f}")
-    kinds = kinds_of(names, model.config.data)
+    kinds = kinds_of(model.config.data, names)
     near = [kinds[row["nearest"][0]] for row in rows["samples"]]
     text += "\nkinds of the nearest training objects: "
     text += ", ".join(f"{near.count(kind)} {kind}" for kind in sorted(set(kinds)))
