@@ -236,12 +236,17 @@ class Autodecoder(nn.Module):
             x = xy[:, :, None] + xz[:, :, :, None] + yz[..., None]
         return x.float()
 
-    def field(self, channels, position):
-        """What was looked up (...,C), and where (...,3) -> density (...), colour (...,3)"""
+    def before_activation(self, channels, position):
+        """What was looked up (...,C), and where (...,3) -> density and three colours (...,4)"""
         if self.config.head == "mlp":
             octaves = math.pi * 2.0 ** torch.arange(self.config.bands, device=position.device)
             angle = (position[..., None] * octaves).flatten(-2)
             channels = self.mlp(torch.cat([channels, position, angle.sin(), angle.cos()], -1))
+        return channels
+
+    def field(self, channels, position):
+        """The same -> density (...), colour (...,3)"""
+        channels = self.before_activation(channels, position)
         return F.softplus(GAIN * channels[..., 0]), torch.sigmoid(channels[..., 1:4])
 
 

@@ -215,13 +215,17 @@ def edm_denoise(denoiser, x, sigma):
     return c_skip * x + c_out * denoiser.network(c_in * x, (sigma.log() / 4).expand(len(x)))
 
 
-def edm_sample(denoiser, generators, shape, steps):
-    """Heun's method on dx/dsigma = (x - D(x, sigma)) / sigma  (Karras et al., algorithm 1)"""
+def edm_sample(denoiser, generators, shape, steps, trace=None):
+    """Heun's method on dx/dsigma = (x - D(x, sigma)) / sigma  (Karras et al., algorithm 1).  A list `trace` gets
+    each step's sigma, and what the denoiser then takes x for."""
     sigmas = denoiser.sigma(torch.linspace(1, 0, steps, device=denoiser.deviation.device))
     x = draw(generators, shape, denoiser) * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
     for k, sigma in enumerate(sigmas):
         after = sigmas[k + 1] if k + 1 < steps else torch.zeros_like(sigma)
-        slope = (x - edm_denoise(denoiser, x, sigma)) / sigma
+        clean = edm_denoise(denoiser, x, sigma)
+        if trace is not None:
+            trace.append((sigma.item(), clean))
+        slope = (x - clean) / sigma
         ahead = x + (after - sigma) * slope
         if after > 0:                                                              # the second half of Heun's
             slope = (slope + (ahead - edm_denoise(denoiser, ahead, after)) / after) / 2
@@ -254,14 +258,16 @@ def ddpm_noise(denoiser, x, alpha_bar):
     return (1 - alpha_bar).sqrt() * x / total ** 2 + alpha_bar.sqrt() * denoiser.deviation / total * left
 
 
-def ddpm_sample(denoiser, generators, shape, steps=TIMES):
-    """Ancestral sampling  (Ho et al., algorithm 2; fewer steps skip times evenly)"""
+def ddpm_sample(denoiser, generators, shape, steps=TIMES, trace=None):
+    """Ancestral sampling  (Ho et al., algorithm 2; fewer steps skip times evenly); `trace` as in edm_sample"""
     times = torch.linspace(TIMES - 1, 0, steps).round().long().tolist()
     x = draw(generators, shape, denoiser)
     for k, t in enumerate(times):
         now = denoiser.alpha_bar[t]
         before = denoiser.alpha_bar[times[k + 1]] if k + 1 < steps else torch.ones_like(now)
         noise = ddpm_noise(denoiser, x, per_item(now.expand(len(x)), x))
+        if trace is not None:
+            trace.append((((1 - now) / now).sqrt().item(), (x - (1 - now).sqrt() * noise) / now.sqrt()))
         x, spread = ddpm_step(x, noise, now, before)
         if k + 1 < steps:
             x = x + spread * draw(generators, shape, denoiser)
@@ -282,7 +288,17 @@ def per_item(values, like):
 
 def draw(generators, shape, denoiser):
     """Noise from each sample's own generator: a sample is the same in any batch, and on any device."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(denoiser.deviation.device)
+    return torch.stack([noise(g, shape) for g in generators]).to(denoiser.deviation.device)
+
+
+def noise(generator, shape):
+    """N(0, I) from a generator.  From (one, other, share) it is what lies between theirs on a circle: a sum of
+    cos and sin times independent N(0, I) is N(0, I) again, where a straight line would lose its length halfway."""
+    if isinstance(generator, tuple):
+        one, other, share = generator
+        angle = share * math.pi / 2
+        return math.cos(angle) * noise(one, shape) + math.sin(angle) * noise(other, shape)
+    return torch.randn(shape, generator=generator)
 
 
 # --------------------------------------------------------------------------------------------- two denoisers
@@ -435,12 +451,17 @@ def principal(rows, count):
 
 
 @torch.no_grad()
-def sample(denoiser, seeds, steps=0):
-    """One latent for each seed, the same in any batch -> (B,C,r,r,r); steps 0: the formulation's own"""
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+def sample(denoiser, seeds, steps=0, trace=None):
+    """One latent for each seed, the same in any batch -> (B,C,r,r,r); steps 0: the formulation's own.  A seed may
+    be (a, b, share): on the way from a to b.  A list `trace` gets (sigma, latents expected) of every step."""
+    of = lambda seed: torch.Generator().manual_seed(int(seed))
+    generators = [(of(s[0]), of(s[1]), s[2]) if isinstance(s, tuple) else of(s) for s in seeds]
     shape = (len(denoiser.basis),) if len(denoiser.basis) else denoiser.shape
     sampler, usual = (edm_sample, 18) if denoiser.config.formulation == "edm" else (ddpm_sample, TIMES)
-    return denoiser.decode(sampler(denoiser, generators, shape, steps or usual))
+    latents = denoiser.decode(sampler(denoiser, generators, shape, steps or usual, trace))
+    if trace is not None:
+        trace[:] = [(sigma, denoiser.decode(z)) for sigma, z in trace]
+    return latents
 
 
 def load_denoiser(folder, device="cpu"):

@@ -16,8 +16,8 @@ like something new.  So beside each sample stand its nearest training objects, a
     colours      distance of the surface's colours from the nearest of 4 colours (k-means): bleeding raises it
 
 in   runs/diffusion/last.pt and the autodecoder it was trained on; without them pretrained/earphones.pt
-out  samples/     sheet.png, figure3.png, report.txt, report.json; views/: a folder for each sample, its views
-                  and their cameras in the SRN layout
+out  samples/     sheet.png, figure3.png, report.txt, report.json, viewer.html (open it in a browser); views/: a
+                  folder for each sample, its views and their cameras in the SRN layout, and mesh.glb
 run  python sample.py                                 0.003 s a sample on two cores; the report takes longer
      python sample.py --count 64 --seed 1000 --views 0
 read Config, render_views, outside_span, measure, main.
@@ -207,13 +207,15 @@ def contact_sheet(views, rows, seeds, trained, names):
 
 
 def write_sample(folder, model, latent, config):
-    """One sample's views, on a turn around it, in the SRN layout"""
+    """One sample's views, on a turn around it, in the SRN layout, and its mesh"""
+    from export import write_mesh                                  # which imports this file
     poses = cameras([(360 * k / config.views, config.elevation) for k in range(config.views)])
     rgb, alpha, _, _ = (picture[0] for picture in render_views(model, latent[None], poses, config.size))
     with atomic_folder(folder) as temporary:
         write_intrinsics(temporary, intrinsics_at(config.size, 131.25), config.size)
         for k, pose in enumerate(poses):
             write_view(temporary, k, rgb[k].clamp(0, 1), alpha[k], pose)
+        write_mesh(temporary / "mesh.glb", model, latent)
     return rgb
 
 
@@ -270,7 +272,10 @@ def main(argv=None):
         if k == 0:                         # the paper's Figure 3: a new object from cameras all around it
             some = turn[torch.linspace(0, config.views, 9)[:8].long()].clamp(0, 1)
             save_picture(out / "figure3.png", grid((some * 255).round().byte(), 8))
-    print(f"wrote {out}: sheet.png, report.txt, report.json" + ", figure3.png, views/" * (config.views > 0))
+    from export import write_gallery
+    write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]], denoiser,
+                  (config.seed, config.seed + 1), config.steps)
+    print(f"wrote {out}: sheet.png, report.txt, report.json, viewer.html" + ", figure3.png, views/" * (config.views > 0))
 
 
 if __name__ == "__main__":

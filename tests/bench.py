@@ -6,6 +6,7 @@ numbers worse, never better.
     python tests/bench.py --data    all of the default data too, from nothing to photos, in a temporary folder
     python tests/bench.py --render  the renderer, dense and skipping empty space, on a volume of 64^3 that
                                     is trained for it first, on one object of data/earphones_train
+    python tests/bench.py --export [runs/autodecoder]   meshes: time, distance from the truth; the page: dB lost
 
 Times are the best of many (milliseconds): the machine's noise only ever adds.
 """
@@ -20,9 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import autodecoder
+import export
 import render_shapenet as stage
 from meshes import Mesh, load_obj
-from volume_render import camera_rays, occupancy, render
+from volume_render import camera_rays, occupancy, render, voxel_field
 
 
 def best(call, times=30):
@@ -43,6 +45,10 @@ def sphere(n):
     vertices = 0.45 * torch.stack([x, y, z], -1).view(-1, 3).double()
     i = (torch.arange(n)[:, None] * (n + 1) + torch.arange(n)).view(-1)
     faces = torch.cat([torch.stack([i, i + n + 1, i + 1], 1), torch.stack([i + 1, i + n + 1, i + n + 2], 1)])
+    return grey_mesh(vertices, faces)
+
+
+def grey_mesh(vertices, faces):
     one = torch.ones(1, dtype=torch.long)
     uvs = torch.zeros(len(faces), 3, 2, dtype=torch.float64)
     material = torch.zeros(len(faces), dtype=torch.long)
@@ -92,8 +98,70 @@ def render_rows():
         print(f"{what:<14} {a:6.1f} ms dense, {b:5.1f} ms without empty space: {a / b:.1f}x")
 
 
+def export_rows(folder):
+    """What meshes and the page cost, on one core, and what they lose: of nine objects, spread over all"""
+    torch.set_num_threads(1)
+    model, names = autodecoder.load_autodecoder(folder)
+    photos, cpu = autodecoder.Photos(model.config.data, model.config.size, len(names)), torch.device("cpu")
+    chosen = np.linspace(0, len(names) - 1, min(9, len(names))).round().astype(int).tolist()
+    volumes = [autodecoder.decode(model, model.codes[o], cpu) for o in chosen]
+    large = torch.nn.functional.interpolate(volumes[0], size=(64,) * 3, mode="trilinear")
+    seconds = best(lambda: export.mesh_of(model, large, 64), 5) / 1e3
+    print(f"mesh of a 64^3 volume, {len(export.mesh_of(model, large, 64)[1]):,} faces: {seconds:.3f} s on one core")
+    apart = [mesh_to_truth(model, names[o], volume) for o, volume in zip(chosen, volumes)]
+    if apart[0]:
+        there, back = np.mean(apart, 0)
+        print(f"meshes of {len(apart)} training objects, Chamfer distance from their true visible surfaces: "
+              f"{there:.2f} voxels there, {back:.2f} back, the worst {np.mean(apart, 1).max():.2f}")
+
+    # Held-out views, from the volume, from what the page stores, and from the same without the 8 bits
+    psnr = {}
+    for o, volume in zip(chosen, volumes):
+        finer = {f"baked at {n}^3": export.bake_for_page(model, volume, n) for n in (volume.shape[-1] * k for k in (1, 2))}
+        stored = {f"{name}, in 8 bits": export.unpack(export.pack(baked)) for name, baked in finer.items()}
+        for v in (-1, -2, -3, -4):
+            origins, directions = camera_rays(photos.pose[o, v][None], photos.intrinsics[o][None], photos.size)
+            truth = photos.rgb[o, v].view(1, -1, 3) / 255
+            seen = lambda volume, field: render(volume, origins, directions, 2 * model.config.samples, field)[0]
+            pictures = {"volume": seen(volume, model.field)}
+            pictures |= {name: seen(baked[None], voxel_field) for name, baked in (finer | stored).items()}
+            for name, picture in pictures.items():
+                pair = autodecoder.psnr(picture, truth), autodecoder.psnr(picture, pictures["volume"])
+                psnr.setdefault(name, []).append(pair)
+    for name, pairs in psnr.items():
+        print(f"{name:<24} held-out views {np.mean(pairs, 0)[0]:.3f} dB, to the volume's {np.mean(pairs, 0)[1]:.1f} dB")
+
+
+def mesh_to_truth(model, name, volume):
+    """-> mean distances between the visible points of an object's mesh and of its true one, both ways, in voxels;
+    () where there is no true one"""
+    file = next(Path(model.config.data).parent.glob(f"procedural/*/{name}/models/model_normalized.obj"), None)
+    if file is None:
+        return ()
+    vertices, faces, *_ = export.mesh_of(model, volume)
+    ours = grey_mesh(vertices.double(), faces)
+    a, b = (visible_points(mesh) for mesh in (ours, stage.to_world(load_obj(file))[0]))
+    apart = torch.cdist(a, b) * volume.shape[-1]
+    return apart.min(1).values.mean().item(), apart.min(0).values.mean().item()
+
+
+def visible_points(mesh, cameras=20, count=6000):
+    """Points that cameras all around see, from their depth maps -> (count,3), a fixed draw of them"""
+    K, points = stage.intrinsics_at(128, 131.25), []
+    for k in range(cameras):                                       # a spiral from pole to pole
+        elevation = math.degrees(math.asin(1 - (2 * k + 1) / cameras))
+        pose = stage.camera_to_world_at(137.508 * k, elevation, 1.3)
+        depth = stage.rasterize(mesh, pose, K, 128)[2].view(-1).double()
+        origins, directions = camera_rays(pose, K, 128)
+        points.append((origins + depth[:, None] * directions)[depth.isfinite()])
+    points = torch.cat(points)
+    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]]
+
+
 def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if "--export" in sys.argv:
+        return export_rows((sys.argv + ["runs/autodecoder"])[sys.argv.index("--export") + 1])
     golden = Path(__file__).parent / "golden"
     headphone = load_obj(golden / "ShapeNetCore.v2/03261776/golden_headphone/models/model_normalized.obj")
     views = np.load(golden / "golden_headphone.npz")
