@@ -1,0 +1,469 @@
+"""Meshes against geometry that is known, GLB files against glTF's rules and another reader, and the page in a real
+browser against volume_render.py."""
+import base64
+import io
+import json
+import math
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import autodecoder
+import browser
+import diffusion
+import export as stage
+from common import UserError
+from render_shapenet import camera_to_world_at
+from test_diffusion import diffused                                                # noqa: F401  a fixture
+from volume_render import camera_rays, headphones, render, voxel_field
+
+needs_chromium = pytest.mark.skipif(not browser.find(), reason="no Chromium on the PATH (Debian: apt install chromium)")
+
+
+class Volumes(SimpleNamespace):
+    """An autodecoder whose latents are its volumes; they hold density / GAIN, as a trained one's do"""
+    config = autodecoder.Config(head="voxel", samples=48, data="data/earphones_train")
+    to_volume = staticmethod(lambda latent: latent)
+    before_activation = staticmethod(lambda channels, position: channels)
+    field = autodecoder.Autodecoder.field
+
+
+def ball(n=40, radius=0.35, centre=(0.05, -0.02, 0.03)):
+    """(1,4,n,n,n): density grows with the depth below a sphere; red where x > its centre's, else blue"""
+    axis = (torch.arange(n) + 0.5) / n - 0.5
+    z, y, x = torch.meshgrid(axis - centre[2], axis - centre[1], axis - centre[0], indexing="ij")
+    depth = radius - (x ** 2 + y ** 2 + z ** 2).sqrt()
+    return torch.stack([depth * 300 + 2.0, x.sign() * 6, 0 * x - 6, -x.sign() * 6])[None]   # level 20 / GAIN is 2
+
+
+def closed(faces):
+    """Each edge is in two faces, which run along it in opposite directions."""
+    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    code, back = edges[:, 0] * (1 << 32) + edges[:, 1], edges[:, 1] * (1 << 32) + edges[:, 0]
+    return torch.equal(code.sort().values, back.sort().values) and len(code.unique()) == len(code)
+
+
+def volume_within(vertices, faces):
+    a, b, c = vertices[faces].double().unbind(1)
+    return (a * torch.linalg.cross(b, c)).sum().item() / 6
+
+
+# ---- marching tetrahedra ----
+
+def test_the_mesh_of_a_sphere_is_a_sphere():
+    vertices, faces, normals, colours = stage.mesh_of(Volumes(), ball(), 40)
+    centre, radius = torch.tensor([0.05, -0.02, 0.03]), 0.35
+    assert closed(faces)
+    assert len(vertices) - 3 * len(faces) // 2 + len(faces) == 2                   # Euler's number
+    assert abs(volume_within(vertices, faces) / (4 / 3 * math.pi * radius ** 3) - 1) < 0.01
+    out = torch.nn.functional.normalize(vertices - centre, dim=1)
+    assert ((vertices - centre).norm(dim=1) - radius).abs().max() < 0.1 / 40
+    assert (normals * out).sum(1).min() > 0.99
+    a, b, c = vertices[faces].unbind(1)
+    assert (torch.linalg.cross(b - a, c - a) * out[faces[:, 0]]).sum(1).min() > 0
+    right = vertices[:, 0] > centre[0] + 0.03
+    assert colours[right, 0].min() > 0.95 and colours[right, 2].max() < 0.05
+    left = vertices[:, 0] < centre[0] - 0.03
+    assert colours[left, 2].min() > 0.95 and colours[left, 0].max() < 0.05
+
+
+def test_all_cases_close_and_face_outwards():
+    """Noise meets each of the 16 cases, in each of the 6 tetrahedra; the sides differ, lest axes get mixed up."""
+    f = torch.full((9, 12, 15), -1.0)
+    f[1:-1, 1:-1, 1:-1] = torch.randn(7, 10, 13, generator=torch.Generator().manual_seed(0))
+    vertices, faces = stage.marching_tetrahedra(f)
+    assert closed(faces) and vertices.amax(0).tolist() < [14, 11, 8] and vertices.min() > 0
+    # f is linear along each edge: the vertices are where it is 0, and what they enclose is about what is inside
+    low, share = vertices.floor().long(), vertices - vertices.floor()
+    one = (share > 0).long()
+    a, b = (f[p[:, 2], p[:, 1], p[:, 0]] for p in (low, low + one))
+    assert (a > 0).ne(b > 0).all()
+    share = share.amax(1)
+    assert (a + share * (b - a)).abs().max() < 2e-3 * (b - a).abs().max()
+    assert 0.5 < volume_within(vertices, faces) / (f > 0).sum() < 1.5
+
+
+def test_what_reaches_the_cube_is_closed_on_its_faces():
+    full = torch.full((1, 4, 8, 8, 8), 9.0)
+    vertices, faces, *_ = stage.mesh_of(Volumes(), full, 8)
+    assert closed(faces) and (vertices.abs().amax(1) - 0.5).abs().max() < 1e-3
+    assert 0.97 < volume_within(vertices, faces) < 1.0                             # its edges are cut off
+    assert len(stage.mesh_of(Volumes(), -full, 8)[1]) == 0
+
+
+def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
+    config = autodecoder.Config(head="mlp", channels="16", code_width=16)
+    torch.manual_seed(0)
+    model = autodecoder.Autodecoder(config, 2).eval()
+    with torch.no_grad():
+        volume = model.to_volume(model.to_latent(model.codes[:1]))
+        baked = stage.bake(model, volume, 24)
+        at = torch.tensor([3, 20, 11])                                             # x, y, z
+        point = ((at + 0.5) / 24 - 0.5)[None, None]
+        sigma, rgb = model.field(stage.lookup(volume, point), point)
+    x, y, z = at.tolist()
+    assert (torch.nn.functional.softplus(autodecoder.GAIN * baked[0, z, y, x]) - sigma).abs().max() < 1e-5
+    assert (baked[1:, z, y, x].sigmoid() - rgb[0, 0]).abs().max() < 1e-6
+
+
+# ---- GLB ----
+
+def read_glb(path):
+    """The parts of a GLB, checked against the rules of glTF 2.0 -> its document, {attribute: array}, indices"""
+    content = path.read_bytes()
+    magic, version, length = struct.unpack_from("<4sII", content)
+    assert (magic, version, length) == (b"glTF", 2, len(content))
+    chunks, at = [], 12
+    while at < length:
+        size, kind = struct.unpack_from("<I4s", content, at)
+        assert size % 4 == 0
+        chunks.append((kind, content[at + 8:at + 8 + size]))
+        at += 8 + size
+    assert at == length and [kind for kind, _ in chunks] == [b"JSON", b"BIN\0"]
+    document, binary = json.loads(chunks[0][1]), chunks[1][1]
+    assert document["asset"]["version"] == "2.0"
+    assert 0 <= len(binary) - document["buffers"][0]["byteLength"] < 4 and "uri" not in document["buffers"][0]
+    used = {name for material in document["materials"] for name in material["extensions"]}
+    assert used == set(document["extensionsUsed"]) == {"KHR_materials_unlit"}
+    end, arrays = 0, []
+    for view in document["bufferViews"]:
+        assert view["byteOffset"] % 4 == 0 and view["byteOffset"] >= end and view["buffer"] == 0
+        end = view["byteOffset"] + view["byteLength"]
+    assert end <= document["buffers"][0]["byteLength"]
+    for accessor in document["accessors"]:
+        view = document["bufferViews"][accessor["bufferView"]]
+        width = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[accessor["type"]]
+        kind = np.dtype({5126: "<f4", 5123: "<u2", 5125: "<u4"}[accessor["componentType"]])
+        assert width * kind.itemsize % 4 == 0 and accessor["count"] * width * kind.itemsize == view["byteLength"]
+        start = view["byteOffset"]
+        array = np.frombuffer(binary[start:start + view["byteLength"]], kind).reshape(-1, width)
+        arrays.append(array)
+    (primitive,) = document["meshes"][document["nodes"][document["scenes"][document["scene"]]["nodes"][0]]["mesh"]]["primitives"]
+    assert primitive.get("mode", 4) == 4 and primitive["material"] == 0
+    named = {name: arrays[k] for name, k in primitive["attributes"].items()}
+    accessor = {name: document["accessors"][k] for name, k in primitive["attributes"].items()}
+    indices, position = arrays[primitive["indices"]], named["POSITION"]
+    assert {len(array) for array in named.values()} == {len(position)} and np.isfinite(position).all()
+    assert accessor["POSITION"]["min"] == position.min(0).tolist()
+    assert accessor["POSITION"]["max"] == position.max(0).tolist()
+    assert np.abs(np.linalg.norm(named["NORMAL"], axis=1) - 1).max() < 1e-4
+    assert accessor["COLOR_0"]["normalized"] and accessor["COLOR_0"]["componentType"] == 5123
+    assert len(indices) % 3 == 0 and indices.max() < len(position)
+    targets = [document["bufferViews"][a["bufferView"]]["target"] for a in accessor.values()]
+    assert set(targets) == {34962}
+    assert document["bufferViews"][document["accessors"][primitive["indices"]]["bufferView"]]["target"] == 34963
+    return document, named, indices
+
+
+@pytest.fixture(scope="module")
+def glb(tmp_path_factory):
+    path = tmp_path_factory.mktemp("glb") / "mesh.glb"
+    assert stage.write_mesh(path, Volumes(), ball()[0], 40)
+    return path
+
+
+def test_the_glb_obeys_gltf(glb):
+    _, named, indices = read_glb(glb)
+    position = torch.from_numpy(named["POSITION"].copy()).double()
+    assert closed(torch.from_numpy(indices.astype(np.int64)).view(-1, 3))
+    # glTF's Y is our Z, its Z our -Y; and the turn is no mirror: what is enclosed stays positive
+    middle = (position.amax(0) + position.amin(0)) / 2
+    assert (middle - torch.tensor([0.05, 0.03, 0.02])).abs().max() < 2e-3
+    assert volume_within(position, torch.from_numpy(indices.astype(np.int64)).view(-1, 3)) > 0.17
+    out = torch.nn.functional.normalize(position - middle, dim=1)
+    assert (out * torch.from_numpy(named["NORMAL"].copy())).sum(1).min() > 0.99
+    # sigmoid(6) of red is 0.9975 on a screen, and 0.9946 of the light
+    red = named["COLOR_0"][position[:, 0].argmax()] / 65535
+    assert abs(red[0] - 0.9946) < 2e-3 and red[1] < 1e-3 and red[3] == 1
+
+
+def test_colours_are_made_linear():
+    found = stage.linear(torch.tensor([0.0, 0.02, 0.2, 0.5, 1.0]))
+    assert (found - torch.tensor([0.0, 0.001548, 0.033105, 0.214041, 1.0])).abs().max() < 1e-5
+
+
+def test_another_reader_agrees(glb):
+    trimesh = pytest.importorskip("trimesh")
+    (mesh,) = trimesh.load(glb).geometry.values()
+    _, named, indices = read_glb(glb)
+    assert len(mesh.vertices) == len(named["POSITION"]) and len(mesh.faces) == len(indices) // 3
+    assert mesh.is_watertight and mesh.is_winding_consistent and mesh.euler_number == 2
+    assert abs(mesh.volume / (4 / 3 * math.pi * 0.35 ** 3) - 1) < 0.01
+    colours = mesh.visual.vertex_attributes["color"]
+    assert np.array_equal(colours, named["COLOR_0"]) and np.ptp(colours[:, 0].astype(int)) > 60_000
+
+
+# ---- what the page stores ----
+
+def phones(n=32):
+    """The analytic headphones as an autodecoder would hold them"""
+    volume = headphones(n, 1500.0)
+    volume[:, 0] /= autodecoder.GAIN
+    return volume
+
+
+def test_what_is_stored_renders_the_same():
+    volume, model = phones(), Volumes()
+    packed = stage.pack(stage.bake_for_page(model, volume, 32))
+    assert len(packed["data"]) < 0.5 * 4 * 32 ** 3                                 # most of it is empty
+    stored = stage.unpack(packed)[None]
+    pose = camera_to_world_at(*stage.ANGLE, 1.3).float()[None]
+    rays = camera_rays(pose, torch.tensor([[[65.6, 0, 32], [0, 65.6, 32], [0, 0, 1]]]), 64)
+    for a, b in zip(render(volume, *rays, 96, model.field)[:2], render(stored, *rays, 96, voxel_field)[:2]):
+        assert (a - b).abs().mean() < 0.002 and (a - b).abs().max() < 0.1
+    for nothing in (-10.0, 10.0):                                                  # empty; all solid
+        volume = torch.full((1, 4, 8, 8, 8), nothing)
+        stored = stage.unpack(stage.pack(stage.bake_for_page(model, volume, 8)))[None]
+        alpha = render(stored, *rays, 32, voxel_field)[1]
+        assert (alpha.max() < 1e-3) if nothing < 0 else (alpha.max() > 0.999)
+
+
+def write_page(path, volumes, times=1):
+    labels = [f"object {k}" for k in range(len(volumes))]
+    objects = stage.page_objects(Volumes(), volumes, labels, ["<b>note</b>"] * len(labels)) * times
+    objects = [{**one, "beside": len(objects) - 1} for one in objects]
+    sets = [("One", "all", list(range(len(objects)))), ("Other", "the last", [len(objects) - 1])]
+    stage.write_page(path, "</script> & title", "about", sets, objects, 96)
+    return path
+
+
+def test_a_page_of_eight_is_small(tmp_path):
+    page = write_page(tmp_path / "page.html", phones(64), times=8)                 # 4 x 64^3 numbers each
+    assert 1e6 < page.stat().st_size < 6e6
+    text = page.read_text()
+    assert not [word for word in ("http:", "https:", "src=\"", "import ", "fetch(") if word in text]
+
+
+# ---- the page, in a browser ----
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    volumes = torch.cat([phones(), phones().flip(1), phones().flip(-1).clone()])
+    volumes[1] = phones()[0]
+    volumes[1, 1:] = -volumes[1, 1:]                                               # other colours
+    volumes[2, 0] = ball(32)[0, 0]                                                 # another shape
+    return write_page(tmp_path_factory.mktemp("page") / "a page.html", volumes), volumes
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    found = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+# Drawn, and at full resolution: while things move, a slow machine draws coarsely
+SETTLED = ("new Promise(go => {{ const look = () => dirty || frame.coarse || performance.now() - moved < 200 || turning ? "
+           "requestAnimationFrame(look) : go({}); requestAnimationFrame(look); }})")
+BEGIN = "set({...HOME, set: 0, frame: 0, mode: 0, density: 1, steps: 16, axis: 0, clip: 0})"
+
+
+def picture(chromium, canvas="view"):
+    """What is drawn now -> (H,W,3) in [0, 1]"""
+    text = chromium.run(SETTLED.format(f"document.getElementById('{canvas}').toDataURL()"))
+    image = Image.open(io.BytesIO(base64.b64decode(text.split(",")[1]))).convert("RGB")
+    return torch.from_numpy(np.asarray(image).copy()) / 255
+
+
+def opened(chromium, page, fragment="", **options):
+    chromium.open(page[0].as_uri() + "#" + fragment, **{"width": 860, "height": 430, **options})
+    return picture(chromium)
+
+
+def click(chromium, selector, across=0.5):
+    """With the mouse, `across` of the way from its left to its right"""
+    box = chromium.run(f"(() => {{ const e = document.querySelector('{selector}'); e.scrollIntoView({{block: 'center'}});"
+                       "const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()")
+    x, y = box[0] + across * box[2], box[1] + box[3] / 2
+    for kind in ("mousePressed", "mouseReleased"):
+        chromium.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    return x, y
+
+
+def expected(volume, shape, azimuth, elevation, distance, samples, model=Volumes()):
+    H, W, _ = shape
+    f = 131.25 / 128 * min(H, W)
+    K, side = torch.tensor([[[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]]]), max(H, W)
+    pose = camera_to_world_at(azimuth, elevation, distance).float()[None]
+    rgb, alpha, depth = render(volume[None], *camera_rays(pose, K, side), samples, model.field)
+    return rgb.view(side, side, 3)[:H, :W], alpha.view(side, side)[:H, :W]
+
+
+@needs_chromium
+@pytest.mark.parametrize("camera", [(0, 215, 25, 1.3, 96), (1, 30, -40, 0.9, 48), (2, 120, 10, 2.0, 96)])
+def test_the_shader_agrees_with_the_renderer(chromium, page, camera):
+    k, azimuth, elevation, distance, samples = camera
+    seen = opened(chromium, page, f"frame={k}&azimuth={azimuth}&elevation={elevation}&distance={distance}&steps={samples}")
+    ours, alpha = expected(page[1][k], seen.shape, *camera[1:])
+    assert (seen - ours).abs().mean() < 4 / 255
+    assert (seen - ours)[alpha > 0.01].abs().mean() < 4 / 255                      # and where there is something
+    assert (alpha > 0.01).float().mean() > 0.03
+    assert not chromium.errors
+
+
+@needs_chromium
+def test_opacity_and_depth_agree_too(chromium, page):
+    seen = opened(chromium, page, "mode=2")
+    _, alpha = expected(page[1][0], seen.shape, *stage.ANGLE, 1.3, 96)
+    assert (1 - seen[..., 0] - alpha).abs().mean() < 4 / 255
+    depth = opened(chromium, page, "mode=1")
+    assert (depth - seen).abs().mean() > 0.02 and ((depth == 1).all(-1) == (seen == 1).all(-1)).float().mean() > 0.99
+
+
+@needs_chromium
+def test_every_control_changes_the_picture(chromium, page):
+    before = opened(chromium, page, "steps=16")
+    changed = lambda: (picture(chromium) - before).abs().mean().item() > 1e-3
+    for selector, across in {"#density": 0.1, "#steps": 0.9, "#clip": 0.5, "#modes button:nth-child(2)": 0.5,
+                             "#modes button:nth-child(4)": 0.5, "#strip button:nth-child(2)": 0.5,
+                             "#sets button:nth-child(2)": 0.5}.items():
+        chromium.run(BEGIN)
+        click(chromium, selector, across)
+        assert changed(), selector
+    chromium.run(BEGIN)
+    click(chromium, "#axes button:nth-child(3)")
+    click(chromium, "#clip", 0.5)
+    chromium.run("set({elevation: 0})")
+    seen = picture(chromium)
+    upper, lower = seen.chunk(2)                                                   # the upper half is cut away
+    assert chromium.run("state.clip") == 0.5 and (upper[:-2] == 1).all() and (lower < 1).any()
+    assert not chromium.errors
+
+
+@needs_chromium
+def test_every_key_changes_the_picture_and_back(chromium, page):
+    before = opened(chromium, page, "steps=16")
+    off = lambda: (picture(chromium) - before).abs()
+    for key, back in (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"), ("+", "-"), ("2", "1"), ("3", "1"), ("4", "1"),
+                      (".", ","), (",", "."), ("+", "r")):
+        chromium.key(key)
+        assert off().mean() > 1e-3, key
+        chromium.key(back)
+        assert off().max() < 2 / 255, back
+    chromium.key("ArrowRight", modifiers=8)                                        # with shift it moves
+    assert off().mean() > 1e-3 and chromium.run("state.azimuth") == 215
+
+
+@needs_chromium
+def test_mouse_wheel_and_fingers(chromium, page):
+    state = lambda: chromium.run("({...state})")
+    opened(chromium, page, "steps=16")
+    x, y = click(chromium, "#view")
+    mouse = lambda kind, x, y, **more: chromium.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+    for button, buttons, keys in (("left", 1, ("azimuth", "elevation")), ("right", 2, ("x", "y", "z"))):
+        before = state()
+        mouse("mousePressed", x, y, button=button, buttons=buttons)
+        mouse("mouseMoved", x + 40, y + 30, button=button, buttons=buttons)
+        mouse("mouseReleased", x + 40, y + 30, button=button)
+        after = state()
+        assert {key for key in after if after[key] != before[key]} == set(keys)
+    mouse("mouseWheel", x, y, deltaX=0, deltaY=-120)
+    chromium.run(SETTLED.format("1"))
+    assert state()["distance"] < 1.3
+    chromium.key("r")
+    fingers = lambda kind, *at: chromium.call("Input.dispatchTouchEvent", type=kind,
+                                              touchPoints=[{"x": x + dx, "y": y, "id": k} for k, dx in enumerate(at)])
+    fingers("touchStart", -20, 20)
+    fingers("touchMove", -40, 40)
+    fingers("touchEnd")
+    assert abs(state()["distance"] - 0.65) < 0.02 and state()["azimuth"] == 215    # twice apart: half as far
+    assert not chromium.errors
+
+
+@needs_chromium
+def test_it_plays_and_turns(chromium, page):
+    opened(chromium, page, "steps=16")
+    until = "new Promise(go => {{ const look = () => {} ? go(true) : requestAnimationFrame(look); look(); }})"
+    chromium.key(" ")
+    assert chromium.run(until.format("state.frame === 2"))
+    chromium.key(" ")
+    chromium.key("t")
+    assert chromium.run(until.format("state.azimuth > 220"))
+    chromium.key("t")
+    assert not chromium.run("turning || playing")
+    assert chromium.run("document.title") == "</script> & title" and not chromium.errors
+    assert chromium.run("document.getElementById('note').textContent") == "<b>note</b>"
+
+
+@needs_chromium
+@pytest.mark.parametrize("width, height", [(1280, 860), (390, 844), (320, 600)])
+def test_it_fits_the_screen(chromium, page, width, height):
+    colours = {}
+    for dark in (False, True):
+        seen = opened(chromium, page, "steps=8", width=width, height=height, dark=dark)
+        assert chromium.run("document.documentElement.scrollWidth") <= width
+        small = chromium.run("[...document.querySelectorAll('button')].filter(b => b.offsetParent && "
+                             "(b.offsetHeight < 22 || b.offsetWidth < 18 || b.scrollWidth > b.offsetWidth + 1)).map(b => b.textContent)")
+        assert small == []
+        box = chromium.run("(() => { const b = document.querySelector('.stage').getBoundingClientRect();"
+                           "return [b.top, b.bottom]; })()")
+        assert box[1] <= height and box[1] - box[0] > 250                          # all of the object is in sight
+        colours[dark] = seen[0, 0].mean()
+    assert colours[False] == 1 and colours[True] < 0.4
+    assert not chromium.errors
+
+
+@needs_chromium
+def test_without_webgl2_it_says_so_and_shows_the_still(chromium, page):
+    script = "const real = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext = " \
+             "function (kind, ...more) { return kind === 'webgl2' ? null : real.call(this, kind, ...more); };"
+    added = chromium.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+    chromium.open(page[0].as_uri())
+    chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added)
+    assert "WebGL2" in chromium.run("document.querySelector('.notice').innerText")
+    first = chromium.run("document.getElementById('view').src")
+    assert chromium.run("document.getElementById('view').decode().then(() => document.getElementById('view').naturalWidth)") == 192
+    click(chromium, "#strip button:nth-child(2)")
+    assert chromium.run("document.getElementById('view').src") != first and not chromium.errors
+
+
+# ---- samples, and a run of it all ----
+
+def test_walks_and_denoising_end_at_the_samples(diffused):                         # noqa: F811
+    denoiser, _ = diffusion.load_denoiser(diffused)
+    samples = diffusion.sample(denoiser, [3, 8], 5)
+    path = stage.walk(denoiser, (3, 8), 5, 4)
+    assert (path[[0, 3]] - samples).abs().max() < 1e-3 * samples.abs().max()
+    assert (path[1] - path[0]).abs().max() > 1e-2
+    sigmas, moments = stage.denoising(denoiser, 3, 5, 4)
+    assert (moments[-1] - samples[0]).abs().max() < 1e-3 * samples.abs().max() and len(moments) == len(sigmas) == 4
+    assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
+    generators = (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1), 0.3)
+    assert abs(diffusion.noise(generators, (100_000,)).std() - 1) < 0.01
+    for sampler in (diffusion.edm_sample, diffusion.ddpm_sample):
+        trace = []
+        sampler(denoiser, [torch.Generator().manual_seed(0)], (len(denoiser.basis),), 6, trace)
+        assert len(trace) == 6 and all(a[0] > b[0] for a, b in zip(trace, trace[1:]))
+
+
+def test_all_of_it(trained, diffused, tmp_path, capsys):                           # noqa: F811
+    stage.main(["--diffusion", str(diffused), "--count", "2", "--interpolate", "5", "9", "--sheet", "3", "--frames", "4",
+                "--size", "32", "--steps", "4", "--level", "1", "--resolution", "24", "--out", str(tmp_path / "e")])
+    for name in ("viewer.html", "sheet.png", "denoise.png", "walk.png"):
+        assert (tmp_path / "e" / name).exists(), name
+    assert Image.open(tmp_path / "e/turntable.webp").n_frames == 4
+    assert Image.open(tmp_path / "e/turntable.gif").n_frames == 2
+    text = (tmp_path / "e/viewer.html").read_text()
+    content = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    assert [len(some["objects"]) for some in content["sets"]] == [2, 4 + 1, 8]
+    assert content["sets"][2]["about"].count("5") and content["sets"][2]["about"].count("9")
+    assert {content["objects"][content["objects"][k]["beside"]]["label"] for k in range(15)} <= \
+        set(autodecoder.load_autodecoder(trained)[1])
+
+
+def test_reconstructions(trained, tmp_path):
+    names = autodecoder.load_autodecoder(trained)[1]
+    arguments = ["--autodecoder", str(trained), "--frames", "0", "--level", "1", "--out", str(tmp_path / "r")]
+    stage.main([*arguments, "--reconstruct", names[1]])
+    content = (tmp_path / "r/viewer.html").read_text().split('type="application/json">')[1].split("</script>")[0]
+    first = json.loads(content)["objects"][0]
+    assert first["label"] == names[1] and json.loads(content)["objects"][first["beside"]]["label"] != names[1]
+    for wrong, words in ((["--reconstruct", "nobody"], ("nobody", names[0])), (["--count", "0"], ("--count 0",)),
+                         (["--interpolate", "3"], ("--interpolate",)), (["--level", "0"], ("--level 0",))):
+        with pytest.raises(UserError) as error:
+            stage.main([*arguments, *wrong])
+        assert all(word in str(error.value) for word in words), error.value
