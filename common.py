@@ -68,7 +68,7 @@ def parse_config(Config, presets=None, argv=None):
         help_text = comments.get(field.name, "")
         choices = re.match(r"([\w.]+(?: \| [\w.]+)+):", help_text)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        if field.type is tuple:                                    # a pair of whole numbers: --interpolate 3 5
+        if field.type is tuple:                                   # a pair of numbers: --interpolate 3 5
             kind = {"type": int, "nargs": 2}
         if choices:
             kind["choices"] = [field.type(choice) for choice in choices[1].split(" | ")]

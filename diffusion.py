@@ -216,8 +216,8 @@ def edm_denoise(denoiser, x, sigma):
 
 
 def edm_sample(denoiser, generators, shape, steps, trace=None):
-    """Heun's method on dx/dsigma = (x - D(x, sigma)) / sigma  (Karras et al., algorithm 1).  A list `trace` gets
-    each step's sigma, and what the denoiser then takes x for."""
+    """Heun's method on dx/dsigma = (x - D(x, sigma)) / sigma  (Karras et al., algorithm 1).  A list `trace`
+    gets each step's sigma, and what the denoiser then takes x for."""
     sigmas = denoiser.sigma(torch.linspace(1, 0, steps, device=denoiser.deviation.device))
     x = draw(generators, shape, denoiser) * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
     for k, sigma in enumerate(sigmas):
@@ -259,7 +259,7 @@ def ddpm_noise(denoiser, x, alpha_bar):
 
 
 def ddpm_sample(denoiser, generators, shape, steps=TIMES, trace=None):
-    """Ancestral sampling  (Ho et al., algorithm 2; fewer steps skip times evenly); `trace` as in edm_sample"""
+    """Ancestral sampling  (Ho et al., algorithm 2; fewer steps skip times evenly); trace as in edm_sample"""
     times = torch.linspace(TIMES - 1, 0, steps).round().long().tolist()
     x = draw(generators, shape, denoiser)
     for k, t in enumerate(times):
@@ -292,8 +292,8 @@ def draw(generators, shape, denoiser):
 
 
 def noise(generator, shape):
-    """N(0, I) from a generator.  From (one, other, share) it is what lies between theirs on a circle: a sum of
-    cos and sin times independent N(0, I) is N(0, I) again, where a straight line would lose its length halfway."""
+    """N(0, I) from a generator.  From (one, other, share) it lies between theirs, on a circle: cos and sin
+    times independent N(0, I) add up to N(0, I), where a straight line would lose its length halfway."""
     if isinstance(generator, tuple):
         one, other, share = generator
         angle = share * math.pi / 2
@@ -452,8 +452,8 @@ def principal(rows, count):
 
 @torch.no_grad()
 def sample(denoiser, seeds, steps=0, trace=None):
-    """One latent for each seed, the same in any batch -> (B,C,r,r,r); steps 0: the formulation's own.  A seed may
-    be (a, b, share): on the way from a to b.  A list `trace` gets (sigma, latents expected) of every step."""
+    """One latent for each seed, the same in any batch -> (B,C,r,r,r); steps 0: the formulation's own.  A seed
+    may be (a, b, share): on the way from a to b.  A list `trace` gets (sigma, latents expected) a step."""
     of = lambda seed: torch.Generator().manual_seed(int(seed))
     generators = [(of(s[0]), of(s[1]), s[2]) if isinstance(s, tuple) else of(s) for s in seeds]
     shape = (len(denoiser.basis),) if len(denoiser.basis) else denoiser.shape

@@ -1,19 +1,19 @@
 """
-After stage 3: things to look at and to take away.  Volumes become meshes that other programs open, motion, and
-one page that renders them in a browser, with the maths of volume_render.py in its shader (viewer.html).
+After stage 3: things to look at and to take away.  Volumes become meshes that other programs open, moving
+pictures, and one page that renders them in a browser: viewer.html, volume_render.py once more as a shader.
 
 A surface is where the density, before its softplus, crosses a level: the zeros of
 
     f(x) = GAIN channel(x) - level,      f > 0 inside,      normal = -grad f / |grad f|
 
-Marching tetrahedra finds them.  Each cube between eight grid points is cut into six tetrahedra; in each, f is
-taken to be linear, and its zeros are a triangle or two.  A tetrahedron has four corners, inside or outside: 16
-cases, where a cube has 256, some of them ambiguous.  Neighbours share whole faces, so that no hole is left.
+Marching tetrahedra finds them.  Each cube between eight grid points is cut into six tetrahedra; in each, f
+is taken to be linear, and its zeros are a triangle or two.  A tetrahedron has four corners, inside or
+outside: 16 cases, where a cube has 256, some of them ambiguous.  Neighbours share whole faces: no holes.
 
 in   runs/diffusion and its autodecoder; or with --reconstruct the autodecoder alone
-out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sheet.png, denoise.png, walk.png;
-                 and for each object <name>/mesh.glb (Blender, Windows' 3D viewer, three.js: File, Import)
-run  python export.py                                 eight samples and all of the above, 30 s on one core
+out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sheet.png, denoise.png,
+                 walk.png; and for each object <name>/mesh.glb, which Blender and most viewers open
+run  python export.py                                 eight samples and all of the above: 18 s on one core
      python export.py --interpolate 3 12              walks from seed 3 to seed 12
      python export.py --reconstruct train_00004 --out export/train_00004
 read Config, marching_tetrahedra, mesh_of, write_glb, pack; then viewer.html.
@@ -48,7 +48,7 @@ class Config:
     count: int = 8                       # how many samples, on the page and as meshes
     seed: int = 0                        # sample k comes from seed + k alone
     steps: int = 0                       # of the sampler; 0: 18 for EDM, 1000 for DDPM
-    interpolate: tuple = ()              # two seeds to walk between; by default those of the first two samples
+    interpolate: tuple = ()              # two seeds to walk between; by default the first two samples'
     sheet: int = 60                      # samples on the contact sheet; 0: none
     resolution: int = 64                 # grid points along a side that the mesh is made from
     level: float = 20.0                  # the density that is the surface: half is seen through 1/30 of it
@@ -85,7 +85,7 @@ def marching_tetrahedra(f):
     stride, device = (H * W, W, 1), f.device
     f, inside = f.reshape(-1), (f > 0).view(D, H, W)
     within = lambda z, y, x: inside[z:D - 1 + z, y:H - 1 + y, x:W - 1 + x].reshape(-1)
-    first = torch.arange(D * H * W, device=device).view(D, H, W)[:-1, :-1, :-1].reshape(-1)   # a cube's corner
+    first = torch.arange(D * H * W, device=device).view(D, H, W)[:-1, :-1, :-1].reshape(-1)   # of each cube
 
     # Each tetrahedron's edges that are cut: an edge is known by its lower end and by its direction, 1 to 7
     # (bits z, y, x), so that the tetrahedra around it agree which vertex it carries
@@ -116,9 +116,9 @@ def marching_tetrahedra(f):
 
 
 def bake(model, volume, resolution):
-    """volume (1,C,D,H,W), whatever its head -> (4,N,N,N): density and colours before activation, at the centres
-    of N^3 voxels.  What is between them is interpolated, then activated: the volume of a voxel head at its own
-    resolution is unchanged."""
+    """volume (1,C,D,H,W), whatever its head -> (4,N,N,N): density and colours before activation, at the
+    centres of N^3 voxels.  What lies between is to be interpolated, then activated: the volume of a voxel
+    head comes back unchanged at its own resolution."""
     if model.config.head == "voxel" and resolution == volume.shape[-1]:
         return volume[0]
     centre = (torch.arange(resolution, device=volume.device) + 0.5) / resolution - 0.5
@@ -127,7 +127,7 @@ def bake(model, volume, resolution):
 
 
 def closed(f):
-    """f (N,N,N) -> (N+2,N+2,N+2): a layer around it whose zeros lie on the cube's faces, where rays end too"""
+    """f (N,N,N) -> (N+2,N+2,N+2): a layer around it puts zeros on the cube's faces, where rays end too"""
     f = F.pad(f[None, None], (1,) * 6, mode="replicate")[0, 0]
     shell = F.pad(torch.zeros_like(f[1:-1, 1:-1, 1:-1], dtype=torch.bool), (1,) * 6, value=True)
     return torch.where(shell, -f.abs() - 1e-6, f)
@@ -135,10 +135,10 @@ def closed(f):
 
 @torch.no_grad()
 def mesh_of(model, volume, resolution=64, level=20.0):
-    """volume (1,C,D,H,W) -> vertices (N,3) in the world, faces (F,3), normals (N,3), colours (N,3) in [0, 1]"""
+    """volume (1,C,D,H,W) -> vertices (N,3) in the world, faces (F,3), normals (N,3), colours (N,3)"""
     f = GAIN * bake(model, volume, resolution)[0] - level     # softplus(level) = level: it is far from 0
     vertices, faces = marching_tetrahedra(closed(f))
-    vertices = (vertices - 0.5) / resolution - 0.5            # index 1 is the first voxel: centre at 0.5 voxels
+    vertices = (vertices - 0.5) / resolution - 0.5           # index 1 is the first voxel, whose centre is 0.5
     normals = outward(f, vertices)
     return vertices, faces, normals, seen_colours(model, volume, vertices, normals)
 
@@ -152,8 +152,8 @@ def outward(f, points):
 
 
 def seen_colours(model, volume, points, normals, bins=8):
-    """What a camera straight above each point sees: a short ray, from a voxel above it to two below.  The colour
-    at the very point counts for little in a photo, and so was learnt from little."""
+    """What a camera straight above each point sees: a short ray, from a voxel above it to two below.  The
+    colour at the very point counts for little in a photo, and so was learnt from little."""
     voxel = 1 / volume.shape[-1]
     t = ((torch.arange(bins, device=points.device) + 0.5) / bins * 3 - 1) * voxel
     position = (points[:, None] - t[:, None] * normals[:, None])[None]                        # (1,P,S,3)
@@ -163,17 +163,18 @@ def seen_colours(model, volume, points, normals, bins=8):
 
 
 def write_glb(path, vertices, faces, normals, colours):
-    """A binary glTF 2.0: one mesh, unlit, since its colours already are what photos showed.  glTF wants +Y up,
-    linear colours, and every part to begin at a multiple of four bytes."""
+    """A binary glTF 2.0: one mesh, unlit, since its colours already are what photos showed.  glTF wants +Y
+    up, linear colours, and every part to begin at a multiple of four bytes."""
     upright = lambda v: torch.stack([v[:, 0], v[:, 2], -v[:, 1]], 1).cpu().numpy().astype("<f4")
     position = upright(vertices)
     rgba = F.pad((linear(colours) * 65535).round(), (0, 1), value=65535).cpu().numpy().astype("<u2")
     arrays = (position, upright(normals), rgba, faces.cpu().numpy().astype("<u4").reshape(-1))
     views, accessors, begin = [], [], 0
-    for array, component, kind in zip(arrays, (5126, 5126, 5123, 5125), ("VEC3", "VEC3", "VEC4", "SCALAR")):
-        target = 34963 if kind == "SCALAR" else 34962                             # indices, or of vertices
+    codes = (5126, 5126, 5123, 5125)                                       # float, float, 16 and 32 bits
+    for array, code, kind in zip(arrays, codes, ("VEC3", "VEC3", "VEC4", "SCALAR")):
+        target = 34963 if kind == "SCALAR" else 34962                      # indices, or of vertices
         views.append(dict(buffer=0, byteOffset=begin, byteLength=array.nbytes, target=target))
-        accessors.append(dict(bufferView=len(views) - 1, componentType=component, count=len(array), type=kind))
+        accessors.append(dict(bufferView=len(views) - 1, componentType=code, count=len(array), type=kind))
         begin += array.nbytes
     accessors[0].update(min=position.min(0).tolist(), max=position.max(0).tolist())
     accessors[2].update(normalized=True)
@@ -207,12 +208,12 @@ def write_mesh(path, model, latent, resolution=64, level=20.0):
     return True
 
 
-# ------------------------------------------------------------------------------------------ the page's volumes
+# ----------------------------------------------------------------------------------------- the page's volumes
 
 def pack(channels):
-    """channels (4,N,N,N) before activation, density times GAIN -> a dict for the page: 8 bits a number, and only
-    of the voxels that some sample in a non-empty cell can see: about one in twelve.  A bit for each voxel says
-    whether it is one; their bytes follow, in the same order."""
+    """channels (4,N,N,N) before activation, density times GAIN -> a dict for the page: 8 bits a number, and
+    only of the voxels that some sample in a non-empty cell can see: about one in twelve.  A bit for each
+    voxel says whether it is one; their bytes follow, in the same order."""
     dense = F.softplus(channels[None, 0]) > EMPTY
     seen = either(either(F.pad(dense, (1,) * 6)))[0]                              # those, and all beside them
     values = channels[:, seen] if seen.any() else channels.new_tensor([-20.0, 0, 0, 0])[:, None]
@@ -244,13 +245,14 @@ def bake_for_page(model, volume, resolution):
 
 @torch.no_grad()
 def page_objects(model, latents, labels, notes, most=64):
-    """latents (B,...), a label and a note each -> dicts for the page, each with a still of 192 pixels and at most
-    `most` voxels a side"""
+    """latents (B,...), a label and a note each -> dicts for the page, each with a still of 192 pixels and at
+    most `most` voxels a side"""
     objects = []
     rgb, alpha, *_ = render_views(model, latents, cameras([ANGLE]), 192)
     for k, latent in enumerate(latents):
         volume = model.to_volume(latent[None])
-        # The mlp head makes more of a volume than its voxels: baking it loses 1.0 dB at their size, 0.14 at twice
+        # The mlp head makes more of a volume than its voxels: baked at their size it loses 1.0 dB, at twice
+        # that 0.14
         fine = volume.shape[-1] * (2 if model.config.head == "mlp" else 1)
         objects.append(dict(label=labels[k], note=notes[k], still=data_uri(rgb[k, 0], alpha[k, 0]),
                             **pack(bake_for_page(model, volume, min(fine, most)))))
@@ -295,8 +297,8 @@ def turntable(model, latents, frames, size):
 
 def save_motion(path, pictures, seconds=4, **options):
     with atomic_file(path) as temporary:
-        pictures[0].save(temporary, path.suffix[1:].upper(), save_all=True, append_images=pictures[1:], loop=0,
-                         duration=round(1000 * seconds / len(pictures)), **options)
+        pictures[0].save(temporary, path.suffix[1:].upper(), save_all=True, append_images=pictures[1:],
+                         loop=0, duration=round(1000 * seconds / len(pictures)), **options)
 
 
 def small(pictures):
@@ -306,10 +308,10 @@ def small(pictures):
     return [p.resize(size, Image.LANCZOS).quantize(64, dither=Image.NONE) for p in pictures[::2]]
 
 
-# ------------------------------------------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------------------------------------- what is shown
 
 def denoising(denoiser, seed, steps=0, count=12):
-    """-> `count` moments: noise levels, the latents (count,...) that the denoiser expects then; last the sample"""
+    """-> `count` noise levels, and the latents (count,...) that the denoiser expects; last, the sample"""
     trace = []
     trace.append((0.0, sample(denoiser, [seed], steps, trace)))
     chosen = torch.linspace(0, len(trace) - 1, min(count, len(trace))).round().long().tolist()
@@ -322,25 +324,27 @@ def walk(denoiser, pair, steps=0, count=8):
 
 
 def gallery(model, names, latents, labels, denoiser=None, pair=None, steps=0):
-    """-> the page's sets and objects: these latents, and with a denoiser how the first of the seeds `pair` came out
-    of noise, and a walk between the two; last, whichever training object is the nearest of each"""
+    """-> the page's sets and objects: these latents, and with a denoiser how the first of the seeds `pair`
+    came out of noise, and a walk between the two; last, whichever training object is the nearest of each"""
     training = latents_of(model, model.codes)
     apart = nearest(training, training, itself=True)[0][:, 0]
     shown = [("Samples" if denoiser else "Reconstructions", "", latents, labels, 64)]
     if denoiser:
         sigmas, moments = denoising(denoiser, pair[0], steps)
         path, (a, b) = walk(denoiser, pair, steps), pair
+        levels = [f"\u03c3 = {sigma:.3g}" for sigma in sigmas[:-1]]
         between = [f"{k} of {len(path) - 1}" for k in range(1, len(path) - 1)]
-        shown += [("Denoising", f"What the denoiser expects to end at, as seed {a}'s noise (\u03c3) falls.", moments,
-                   [f"\u03c3 = {sigma:.3g}" for sigma in sigmas[:-1]] + [f"seed {a}"], 32),
+        shown += [("Denoising", f"Where the denoiser expects to end, as seed {a}'s noise (\u03c3) falls.",
+                   moments, [*levels, f"seed {a}"], 32),
                   ("Walk", f"Samples of the noise between seed {a}'s and seed {b}'s.", path,
                    [f"seed {a}", *between, f"seed {b}"], 64)]
     sets, objects, whose = [], [], []
     for name, about, some, said, most in shown:
         distance, near = nearest(some, training)
-        k = int(not denoiser and len(names) > 1)               # a reconstruction's nearest is itself: the next
-        notes = [f"{d:.0f} from the nearest training latent" + ("" if denoiser else " but its own") +
-                 f"; those are {apart.mean():.0f} from each other" for d in distance[:, k].tolist()]
+        k = int(not denoiser and len(names) > 1)              # a reconstruction's nearest is itself
+        notes = [f"{d:.0f} from the nearest{'' if denoiser else ' other'} training latent; those are "
+                 f"{apart.mean():.0f} from their own nearest" if len(names) > 1 else ""
+                 for d in distance[:, k].tolist()]
         sets.append((name, about, list(range(len(objects), len(objects) + len(some)))))
         objects += page_objects(model, some, said, notes, most)
         whose += near[:, k].tolist()
@@ -354,13 +358,14 @@ def gallery(model, names, latents, labels, denoiser=None, pair=None, steps=0):
 def write_gallery(path, model, names, latents, labels, denoiser=None, pair=None, steps=0):
     sets, objects = gallery(model, names, latents, labels, denoiser, pair, steps)
     what = Path(model.config.data).name.removesuffix("_train")
-    n = objects[0]["n"]
-    about = (f"{len(latents)} {'samples, none picked' if denoiser else 'training objects, reconstructed'}: volumes of "
-             f"{n} \u00d7 {n} \u00d7 {n} voxels, ray-marched by your browser.")
-    write_page(path, f"{'New' if denoiser else 'Known'} {what}", about, sets, objects, 2 * model.config.samples)
+    said = "samples, none picked" if denoiser else "training objects, reconstructed"
+    size = " \u00d7 ".join([str(objects[0]["n"])] * 3)
+    about = f"{len(latents)} {said}: volumes of {size} voxels, ray-marched by your browser."
+    title = f"{'New' if denoiser else 'Known'} {what}"
+    write_page(path, title, about, sets, objects, 2 * model.config.samples)
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------------- main
 
 def load(config, device):
     """-> autodecoder, its objects' names, denoiser (none for reconstructions of a stage 1 by itself)"""
@@ -371,12 +376,13 @@ def load(config, device):
 
 
 def check(config):
-    for name, least in (("count", 1), ("steps", 0), ("sheet", 0), ("resolution", 8), ("frames", 0), ("size", 16)):
+    for name, least in (("count", 1), ("steps", 0), ("sheet", 0), ("resolution", 8), ("frames", 0),
+                        ("size", 16)):
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
     if config.level < 1:
-        raise UserError(f"--level {config.level:g}: a density of at least 1 is wanted; in the cube of side 1, "
-                        "that lets through a third")
+        raise UserError(f"--level {config.level:g}: a density of at least 1 is wanted; the cube full of that "
+                        "lets a third through")
 
 
 def main(argv=None):
@@ -387,8 +393,8 @@ def main(argv=None):
     if config.reconstruct:
         labels = names if config.reconstruct == "all" else [config.reconstruct]
         if labels[0] not in names:
-            raise UserError(f"--reconstruct {config.reconstruct}: the {len(names)} objects that were learnt are "
-                            f"{names[0]} to {names[-1]}; or all")
+            raise UserError(f"--reconstruct {config.reconstruct}: the {len(names)} objects that were learnt "
+                            f"are {names[0]} to {names[-1]}; or all")
         latents = latents_of(model, model.codes[[names.index(name) for name in labels]])
     else:
         seeds = range(config.seed, config.seed + config.count)

@@ -16,8 +16,8 @@ like something new.  So beside each sample stand its nearest training objects, a
     colours      distance of the surface's colours from the nearest of 4 colours (k-means): bleeding raises it
 
 in   runs/diffusion/last.pt and the autodecoder it was trained on; without them pretrained/earphones.pt
-out  samples/     sheet.png, figure3.png, report.txt, report.json, viewer.html (open it in a browser); views/: a
-                  folder for each sample, its views and their cameras in the SRN layout, and mesh.glb
+out  samples/     sheet.png, figure3.png, report.txt, report.json, viewer.html (open it in a browser);
+                  views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
 run  python sample.py                                 0.003 s a sample on two cores; the report takes longer
      python sample.py --count 64 --seed 1000 --views 0
 read Config, render_views, outside_span, measure, main.
@@ -273,9 +273,10 @@ def main(argv=None):
             some = turn[torch.linspace(0, config.views, 9)[:8].long()].clamp(0, 1)
             save_picture(out / "figure3.png", grid((some * 255).round().byte(), 8))
     from export import write_gallery
-    write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]], denoiser,
-                  (config.seed, config.seed + 1), config.steps)
-    print(f"wrote {out}: sheet.png, report.txt, report.json, viewer.html" + ", figure3.png, views/" * (config.views > 0))
+    write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
+                  denoiser, (config.seed, config.seed + 1), config.steps)
+    more = ", figure3.png, views/ (and in them mesh.glb)" * (config.views > 0)
+    print(f"wrote {out}: sheet.png, report.txt, report.json, viewer.html{more}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ numbers worse, never better.
     python tests/bench.py --data    all of the default data too, from nothing to photos, in a temporary folder
     python tests/bench.py --render  the renderer, dense and skipping empty space, on a volume of 64^3 that
                                     is trained for it first, on one object of data/earphones_train
-    python tests/bench.py --export [runs/autodecoder]   meshes: time, distance from the truth; the page: dB lost
+    python tests/bench.py --export [runs/autodecoder]   meshes: time, distance from the truth; and what
+                                    the page's bytes lose, in dB
 
 Times are the best of many (milliseconds): the machine's noise only ever adds.
 """
@@ -107,7 +108,8 @@ def export_rows(folder):
     volumes = [autodecoder.decode(model, model.codes[o], cpu) for o in chosen]
     large = torch.nn.functional.interpolate(volumes[0], size=(64,) * 3, mode="trilinear")
     seconds = best(lambda: export.mesh_of(model, large, 64), 5) / 1e3
-    print(f"mesh of a 64^3 volume, {len(export.mesh_of(model, large, 64)[1]):,} faces: {seconds:.3f} s on one core")
+    faces = export.mesh_of(model, large, 64)[1]
+    print(f"mesh of a 64^3 volume, {len(faces):,} faces: {seconds:.3f} s on one core")
     apart = [mesh_to_truth(model, names[o], volume) for o, volume in zip(chosen, volumes)]
     if apart[0]:
         there, back = np.mean(apart, 0)
@@ -117,24 +119,26 @@ def export_rows(folder):
     # Held-out views, from the volume, from what the page stores, and from the same without the 8 bits
     psnr = {}
     for o, volume in zip(chosen, volumes):
-        finer = {f"baked at {n}^3": export.bake_for_page(model, volume, n) for n in (volume.shape[-1] * k for k in (1, 2))}
+        finer = {f"baked at {n}^3": export.bake_for_page(model, volume, n)
+                 for n in (volume.shape[-1], 2 * volume.shape[-1])}
         stored = {f"{name}, in 8 bits": export.unpack(export.pack(baked)) for name, baked in finer.items()}
         for v in (-1, -2, -3, -4):
-            origins, directions = camera_rays(photos.pose[o, v][None], photos.intrinsics[o][None], photos.size)
+            rays = camera_rays(photos.pose[o, v][None], photos.intrinsics[o][None], photos.size)
             truth = photos.rgb[o, v].view(1, -1, 3) / 255
-            seen = lambda volume, field: render(volume, origins, directions, 2 * model.config.samples, field)[0]
+            seen = lambda volume, field: render(volume, *rays, 2 * model.config.samples, field)[0]
             pictures = {"volume": seen(volume, model.field)}
             pictures |= {name: seen(baked[None], voxel_field) for name, baked in (finer | stored).items()}
             for name, picture in pictures.items():
                 pair = autodecoder.psnr(picture, truth), autodecoder.psnr(picture, pictures["volume"])
                 psnr.setdefault(name, []).append(pair)
     for name, pairs in psnr.items():
-        print(f"{name:<24} held-out views {np.mean(pairs, 0)[0]:.3f} dB, to the volume's {np.mean(pairs, 0)[1]:.1f} dB")
+        to_photo, to_volume = np.mean(pairs, 0)
+        print(f"{name:<24} held-out views {to_photo:.3f} dB, to the volume's {to_volume:.1f} dB")
 
 
 def mesh_to_truth(model, name, volume):
-    """-> mean distances between the visible points of an object's mesh and of its true one, both ways, in voxels;
-    () where there is no true one"""
+    """-> mean distances between the visible points of an object's mesh and of its true one, both ways, in
+    voxels; () where there is no true one"""
     file = next(Path(model.config.data).parent.glob(f"procedural/*/{name}/models/model_normalized.obj"), None)
     if file is None:
         return ()

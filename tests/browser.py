@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through a pipe in the DevTools protocol: no package needed beyond the browser."""
+"""A headless Chromium, driven through a pipe by the DevTools protocol: nothing is needed but the browser."""
 import base64
 import json
 import os
@@ -15,18 +15,18 @@ def find():
 
 
 class Browser:
-    """One page.  call() sends a method and waits for its answer; errors collects what the page complained of."""
+    """One page.  call() sends a method and waits for its answer; `errors` is what the page complained of."""
 
     def __init__(self, profile, *flags):
         theirs_in, self.out = os.pipe()
         self.inward, theirs_out = os.pipe()
-        command = [find(), "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--use-angle=swiftshader",
-                   "--enable-unsafe-swiftshader", "--hide-scrollbars", "--no-first-run", "--disable-dev-shm-usage",
+        command = [find(), "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--hide-scrollbars",
+                   "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-dev-shm-usage",
                    f"--user-data-dir={profile}", *flags, "about:blank"]
         # It reads its orders from file 3 and answers on file 4, each message ended by a zero byte
         plumbing = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        self.process = subprocess.Popen(["bash", "-c", plumbing, "bash", *command], pass_fds=(theirs_in, theirs_out),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(["bash", "-c", plumbing, "bash", *command], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, pass_fds=(theirs_in, theirs_out))
         os.close(theirs_in)
         os.close(theirs_out)
         self.number, self.buffer, self.errors, self.session, self.loaded = 0, b"", [], None, False
@@ -48,8 +48,9 @@ class Browser:
         one, self.buffer = self.buffer.split(b"\0", 1)
         found = json.loads(one)
         method, said = found.get("method"), found.get("params", {})
-        if method == "Runtime.exceptionThrown" or method == "Runtime.consoleAPICalled" and said["type"] == "error" \
-                or method == "Log.entryAdded" and said["entry"]["level"] == "error":
+        console = method == "Runtime.consoleAPICalled" and said["type"] == "error"
+        logged = method == "Log.entryAdded" and said["entry"]["level"] == "error"
+        if method == "Runtime.exceptionThrown" or console or logged:
             self.errors.append(said)
         self.loaded |= method == "Page.loadEventFired"
         return found
@@ -67,9 +68,10 @@ class Browser:
         return found["result"]
 
     def open(self, url, width=1280, height=860, dark=False, scale=1, mobile=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme",
-                                                          "value": "dark" if dark else "light"}])
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale,
+                  mobile=mobile)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url="about:blank")                 # so that another fragment is a new page
         self.loaded = False
         self.call("Page.navigate", url=url)

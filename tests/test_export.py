@@ -1,5 +1,5 @@
-"""Meshes against geometry that is known, GLB files against glTF's rules and another reader, and the page in a real
-browser against volume_render.py."""
+"""Meshes against geometry that is known, GLB files against glTF's rules and another reader, and the page in a
+real browser against volume_render.py."""
 import base64
 import io
 import json
@@ -16,12 +16,13 @@ import autodecoder
 import browser
 import diffusion
 import export as stage
+import test_diffusion
 from common import UserError
 from render_shapenet import camera_to_world_at
-from test_diffusion import diffused                                                # noqa: F401  a fixture
 from volume_render import camera_rays, headphones, render, voxel_field
 
-needs_chromium = pytest.mark.skipif(not browser.find(), reason="no Chromium on the PATH (Debian: apt install chromium)")
+needs_chromium = pytest.mark.skipif(not browser.find(),
+                                    reason="no Chromium on the PATH (Debian: apt install chromium)")
 
 
 class Volumes(SimpleNamespace):
@@ -37,7 +38,7 @@ def ball(n=40, radius=0.35, centre=(0.05, -0.02, 0.03)):
     axis = (torch.arange(n) + 0.5) / n - 0.5
     z, y, x = torch.meshgrid(axis - centre[2], axis - centre[1], axis - centre[0], indexing="ij")
     depth = radius - (x ** 2 + y ** 2 + z ** 2).sqrt()
-    return torch.stack([depth * 300 + 2.0, x.sign() * 6, 0 * x - 6, -x.sign() * 6])[None]   # level 20 / GAIN is 2
+    return torch.stack([depth * 300 + 2.0, x.sign() * 6, 0 * x - 6, -x.sign() * 6])[None]   # 20 / GAIN is 2
 
 
 def closed(faces):
@@ -72,12 +73,12 @@ def test_the_mesh_of_a_sphere_is_a_sphere():
 
 
 def test_all_cases_close_and_face_outwards():
-    """Noise meets each of the 16 cases, in each of the 6 tetrahedra; the sides differ, lest axes get mixed up."""
+    """Noise meets each of the 16 cases, in each of the 6 tetrahedra; sides differ, lest axes get mixed up."""
     f = torch.full((9, 12, 15), -1.0)
     f[1:-1, 1:-1, 1:-1] = torch.randn(7, 10, 13, generator=torch.Generator().manual_seed(0))
     vertices, faces = stage.marching_tetrahedra(f)
     assert closed(faces) and vertices.amax(0).tolist() < [14, 11, 8] and vertices.min() > 0
-    # f is linear along each edge: the vertices are where it is 0, and what they enclose is about what is inside
+    # f is linear along each edge: the vertices are where it is 0, and they enclose about what is inside
     low, share = vertices.floor().long(), vertices - vertices.floor()
     one = (share > 0).long()
     a, b = (f[p[:, 2], p[:, 1], p[:, 0]] for p in (low, low + one))
@@ -113,7 +114,7 @@ def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
 # ---- GLB ----
 
 def read_glb(path):
-    """The parts of a GLB, checked against the rules of glTF 2.0 -> its document, {attribute: array}, indices"""
+    """A GLB, checked against the rules of glTF 2.0 -> its document, {attribute: array}, indices"""
     content = path.read_bytes()
     magic, version, length = struct.unpack_from("<4sII", content)
     assert (magic, version, length) == (b"glTF", 2, len(content))
@@ -138,11 +139,13 @@ def read_glb(path):
         view = document["bufferViews"][accessor["bufferView"]]
         width = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[accessor["type"]]
         kind = np.dtype({5126: "<f4", 5123: "<u2", 5125: "<u4"}[accessor["componentType"]])
-        assert width * kind.itemsize % 4 == 0 and accessor["count"] * width * kind.itemsize == view["byteLength"]
+        each = width * kind.itemsize
+        assert each % 4 == 0 and accessor["count"] * each == view["byteLength"]
         start = view["byteOffset"]
         array = np.frombuffer(binary[start:start + view["byteLength"]], kind).reshape(-1, width)
         arrays.append(array)
-    (primitive,) = document["meshes"][document["nodes"][document["scenes"][document["scene"]]["nodes"][0]]["mesh"]]["primitives"]
+    (node,) = document["scenes"][document["scene"]]["nodes"]
+    (primitive,) = document["meshes"][document["nodes"][node]["mesh"]]["primitives"]
     assert primitive.get("mode", 4) == 4 and primitive["material"] == 0
     named = {name: arrays[k] for name, k in primitive["attributes"].items()}
     accessor = {name: document["accessors"][k] for name, k in primitive["attributes"].items()}
@@ -153,9 +156,9 @@ def read_glb(path):
     assert np.abs(np.linalg.norm(named["NORMAL"], axis=1) - 1).max() < 1e-4
     assert accessor["COLOR_0"]["normalized"] and accessor["COLOR_0"]["componentType"] == 5123
     assert len(indices) % 3 == 0 and indices.max() < len(position)
-    targets = [document["bufferViews"][a["bufferView"]]["target"] for a in accessor.values()]
-    assert set(targets) == {34962}
-    assert document["bufferViews"][document["accessors"][primitive["indices"]]["bufferView"]]["target"] == 34963
+    target = lambda a: document["bufferViews"][a["bufferView"]]["target"]
+    assert {target(a) for a in accessor.values()} == {34962}
+    assert target(document["accessors"][primitive["indices"]]) == 34963
     return document, named, indices
 
 
@@ -179,6 +182,12 @@ def test_the_glb_obeys_gltf(glb):
     # sigmoid(6) of red is 0.9975 on a screen, and 0.9946 of the light
     red = named["COLOR_0"][position[:, 0].argmax()] / 65535
     assert abs(red[0] - 0.9946) < 2e-3 and red[1] < 1e-3 and red[3] == 1
+
+
+def test_parts_of_any_length_are_aligned(tmp_path):
+    for resolution in (9, 10, 11, 12, 14):                                         # as many lengths of JSON
+        stage.write_mesh(tmp_path / "mesh.glb", Volumes(), ball(12)[0], resolution)
+        read_glb(tmp_path / "mesh.glb")
 
 
 def test_colours_are_made_linear():
@@ -241,6 +250,13 @@ def test_a_page_of_eight_is_small(tmp_path):
 # ---- the page, in a browser ----
 
 @pytest.fixture(scope="module")
+def diffused(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "diffusion"
+    test_diffusion.train(trained, out)
+    return out
+
+
+@pytest.fixture(scope="module")
 def page(tmp_path_factory):
     volumes = torch.cat([phones(), phones().flip(1), phones().flip(-1).clone()])
     volumes[1] = phones()[0]
@@ -257,8 +273,9 @@ def chromium(tmp_path_factory):
 
 
 # Drawn, and at full resolution: while things move, a slow machine draws coarsely
-SETTLED = ("new Promise(go => {{ const look = () => dirty || frame.coarse || performance.now() - moved < 200 || turning ? "
-           "requestAnimationFrame(look) : go({}); requestAnimationFrame(look); }})")
+SETTLED = ("new Promise(go => {{ const busy = () => dirty || frame.coarse || performance.now() - moved < 200;"
+           "const look = () => busy() ? requestAnimationFrame(look) : go({});"
+           "requestAnimationFrame(look); }})")
 BEGIN = "set({...HOME, set: 0, frame: 0, mode: 0, density: 1, steps: 16, axis: 0, clip: 0})"
 
 
@@ -276,32 +293,37 @@ def opened(chromium, page, fragment="", **options):
 
 def click(chromium, selector, across=0.5):
     """With the mouse, `across` of the way from its left to its right"""
-    box = chromium.run(f"(() => {{ const e = document.querySelector('{selector}'); e.scrollIntoView({{block: 'center'}});"
-                       "const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()")
+    box = chromium.run(f"(() => {{ const e = document.querySelector('{selector}');"
+                       "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
+                       "return [b.x, b.y, b.width, b.height]; })()")
     x, y = box[0] + across * box[2], box[1] + box[3] / 2
     for kind in ("mousePressed", "mouseReleased"):
         chromium.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
     return x, y
 
 
-def expected(volume, shape, azimuth, elevation, distance, samples, model=Volumes()):
+def expected(volume, shape, azimuth, elevation, distance, samples, density=1):
     H, W, _ = shape
     f = 131.25 / 128 * min(H, W)
     K, side = torch.tensor([[[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]]]), max(H, W)
     pose = camera_to_world_at(azimuth, elevation, distance).float()[None]
-    rgb, alpha, depth = render(volume[None], *camera_rays(pose, K, side), samples, model.field)
+    field = lambda channels, position: (density * Volumes().field(channels, position)[0],
+                                        Volumes().field(channels, position)[1])
+    rgb, alpha, depth = render(volume[None], *camera_rays(pose, K, side), samples, field)
     return rgb.view(side, side, 3)[:H, :W], alpha.view(side, side)[:H, :W]
 
 
 @needs_chromium
-@pytest.mark.parametrize("camera", [(0, 215, 25, 1.3, 96), (1, 30, -40, 0.9, 48), (2, 120, 10, 2.0, 96)])
+@pytest.mark.parametrize("camera", [(0, 215, 25, 1.3, 96, 1), (1, 30, -40, 0.9, 48, 1),
+                                    (2, 120, 10, 2.0, 96, 1),
+                                    (0, 215, 25, 0.8, 12, 0.03)])          # few bins of fog: each one counts
 def test_the_shader_agrees_with_the_renderer(chromium, page, camera):
-    k, azimuth, elevation, distance, samples = camera
-    seen = opened(chromium, page, f"frame={k}&azimuth={azimuth}&elevation={elevation}&distance={distance}&steps={samples}")
-    ours, alpha = expected(page[1][k], seen.shape, *camera[1:])
-    assert (seen - ours).abs().mean() < 4 / 255
-    assert (seen - ours)[alpha > 0.01].abs().mean() < 4 / 255                      # and where there is something
-    assert (alpha > 0.01).float().mean() > 0.03
+    names = ("frame", "azimuth", "elevation", "distance", "steps", "density")
+    seen = opened(chromium, page, "&".join(f"{name}={value}" for name, value in zip(names, camera)))
+    ours, alpha = expected(page[1][camera[0]], seen.shape, *camera[1:])
+    something = alpha > 0.01
+    assert (seen - ours).abs().mean() < 1 / 255 and something.float().mean() > 0.03
+    assert (seen - ours)[something].abs().mean() < 1 / 255
     assert not chromium.errors
 
 
@@ -311,7 +333,8 @@ def test_opacity_and_depth_agree_too(chromium, page):
     _, alpha = expected(page[1][0], seen.shape, *stage.ANGLE, 1.3, 96)
     assert (1 - seen[..., 0] - alpha).abs().mean() < 4 / 255
     depth = opened(chromium, page, "mode=1")
-    assert (depth - seen).abs().mean() > 0.02 and ((depth == 1).all(-1) == (seen == 1).all(-1)).float().mean() > 0.99
+    assert (depth - seen).abs().mean() > 0.02
+    assert ((depth == 1).all(-1) == (seen == 1).all(-1)).float().mean() > 0.99     # the same is empty
 
 
 @needs_chromium
@@ -329,7 +352,7 @@ def test_every_control_changes_the_picture(chromium, page):
     click(chromium, "#clip", 0.5)
     chromium.run("set({elevation: 0})")
     seen = picture(chromium)
-    upper, lower = seen.chunk(2)                                                   # the upper half is cut away
+    upper, lower = seen.chunk(2)                                               # the upper half is cut away
     assert chromium.run("state.clip") == 0.5 and (upper[:-2] == 1).all() and (lower < 1).any()
     assert not chromium.errors
 
@@ -338,8 +361,8 @@ def test_every_control_changes_the_picture(chromium, page):
 def test_every_key_changes_the_picture_and_back(chromium, page):
     before = opened(chromium, page, "steps=16")
     off = lambda: (picture(chromium) - before).abs()
-    for key, back in (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"), ("+", "-"), ("2", "1"), ("3", "1"), ("4", "1"),
-                      (".", ","), (",", "."), ("+", "r")):
+    for key, back in (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"), ("+", "-"), ("2", "1"),
+                      ("3", "1"), ("4", "1"), (".", ","), (",", "."), ("+", "r")):
         chromium.key(key)
         assert off().mean() > 1e-3, key
         chromium.key(back)
@@ -365,8 +388,8 @@ def test_mouse_wheel_and_fingers(chromium, page):
     chromium.run(SETTLED.format("1"))
     assert state()["distance"] < 1.3
     chromium.key("r")
-    fingers = lambda kind, *at: chromium.call("Input.dispatchTouchEvent", type=kind,
-                                              touchPoints=[{"x": x + dx, "y": y, "id": k} for k, dx in enumerate(at)])
+    points = lambda at: [{"x": x + dx, "y": y, "id": k} for k, dx in enumerate(at)]
+    fingers = lambda kind, *at: chromium.call("Input.dispatchTouchEvent", type=kind, touchPoints=points(at))
     fingers("touchStart", -20, 20)
     fingers("touchMove", -40, 40)
     fingers("touchEnd")
@@ -396,12 +419,13 @@ def test_it_fits_the_screen(chromium, page, width, height):
     for dark in (False, True):
         seen = opened(chromium, page, "steps=8", width=width, height=height, dark=dark)
         assert chromium.run("document.documentElement.scrollWidth") <= width
-        small = chromium.run("[...document.querySelectorAll('button')].filter(b => b.offsetParent && "
-                             "(b.offsetHeight < 22 || b.offsetWidth < 18 || b.scrollWidth > b.offsetWidth + 1)).map(b => b.textContent)")
+        small = chromium.run("[...document.querySelectorAll('button')].filter(b => b.offsetParent && ("
+                             "b.offsetHeight < 22 || b.offsetWidth < 18 || b.scrollWidth > b.offsetWidth + 1"
+                             ")).map(b => b.textContent)")
         assert small == []
         box = chromium.run("(() => { const b = document.querySelector('.stage').getBoundingClientRect();"
                            "return [b.top, b.bottom]; })()")
-        assert box[1] <= height and box[1] - box[0] > 250                          # all of the object is in sight
+        assert box[1] <= height and box[1] - box[0] > 250                          # the object is in sight
         colours[dark] = seen[0, 0].mean()
     assert colours[False] == 1 and colours[True] < 0.4
     assert not chromium.errors
@@ -409,28 +433,29 @@ def test_it_fits_the_screen(chromium, page, width, height):
 
 @needs_chromium
 def test_without_webgl2_it_says_so_and_shows_the_still(chromium, page):
-    script = "const real = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext = " \
-             "function (kind, ...more) { return kind === 'webgl2' ? null : real.call(this, kind, ...more); };"
+    script = ("const canvas = HTMLCanvasElement.prototype, real = canvas.getContext; canvas.getContext = "
+              "function (kind, ...more) { return kind === 'webgl2' ? null : real.call(this, kind, ...more) }")
     added = chromium.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
     chromium.open(page[0].as_uri())
     chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added)
     assert "WebGL2" in chromium.run("document.querySelector('.notice').innerText")
     first = chromium.run("document.getElementById('view').src")
-    assert chromium.run("document.getElementById('view').decode().then(() => document.getElementById('view').naturalWidth)") == 192
+    assert chromium.run("$('view').decode().then(() => $('view').naturalWidth)") == 192
     click(chromium, "#strip button:nth-child(2)")
     assert chromium.run("document.getElementById('view').src") != first and not chromium.errors
 
 
 # ---- samples, and a run of it all ----
 
-def test_walks_and_denoising_end_at_the_samples(diffused):                         # noqa: F811
+def test_walks_and_denoising_end_at_the_samples(diffused):
     denoiser, _ = diffusion.load_denoiser(diffused)
     samples = diffusion.sample(denoiser, [3, 8], 5)
     path = stage.walk(denoiser, (3, 8), 5, 4)
     assert (path[[0, 3]] - samples).abs().max() < 1e-3 * samples.abs().max()
     assert (path[1] - path[0]).abs().max() > 1e-2
     sigmas, moments = stage.denoising(denoiser, 3, 5, 4)
-    assert (moments[-1] - samples[0]).abs().max() < 1e-3 * samples.abs().max() and len(moments) == len(sigmas) == 4
+    assert (moments[-1] - samples[0]).abs().max() < 1e-3 * samples.abs().max()
+    assert len(moments) == len(sigmas) == 4
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
     generators = (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1), 0.3)
     assert abs(diffusion.noise(generators, (100_000,)).std() - 1) < 0.01
@@ -440,15 +465,19 @@ def test_walks_and_denoising_end_at_the_samples(diffused):                      
         assert len(trace) == 6 and all(a[0] > b[0] for a, b in zip(trace, trace[1:]))
 
 
-def test_all_of_it(trained, diffused, tmp_path, capsys):                           # noqa: F811
-    stage.main(["--diffusion", str(diffused), "--count", "2", "--interpolate", "5", "9", "--sheet", "3", "--frames", "4",
-                "--size", "32", "--steps", "4", "--level", "1", "--resolution", "24", "--out", str(tmp_path / "e")])
+def page_content(path):
+    return json.loads(path.read_text().split('type="application/json">')[1].split("</script>")[0])
+
+
+def test_all_of_it(trained, diffused, tmp_path, capsys):  
+    stage.main(["--diffusion", str(diffused), "--count", "2", "--interpolate", "5", "9", "--sheet", "3",
+                "--frames", "4", "--size", "32", "--steps", "4", "--level", "1", "--resolution", "24",
+                "--out", str(tmp_path / "e")])
     for name in ("viewer.html", "sheet.png", "denoise.png", "walk.png"):
         assert (tmp_path / "e" / name).exists(), name
     assert Image.open(tmp_path / "e/turntable.webp").n_frames == 4
     assert Image.open(tmp_path / "e/turntable.gif").n_frames == 2
-    text = (tmp_path / "e/viewer.html").read_text()
-    content = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    content = page_content(tmp_path / "e/viewer.html")
     assert [len(some["objects"]) for some in content["sets"]] == [2, 4 + 1, 8]
     assert content["sets"][2]["about"].count("5") and content["sets"][2]["about"].count("9")
     assert {content["objects"][content["objects"][k]["beside"]]["label"] for k in range(15)} <= \
@@ -459,11 +488,12 @@ def test_reconstructions(trained, tmp_path):
     names = autodecoder.load_autodecoder(trained)[1]
     arguments = ["--autodecoder", str(trained), "--frames", "0", "--level", "1", "--out", str(tmp_path / "r")]
     stage.main([*arguments, "--reconstruct", names[1]])
-    content = (tmp_path / "r/viewer.html").read_text().split('type="application/json">')[1].split("</script>")[0]
-    first = json.loads(content)["objects"][0]
-    assert first["label"] == names[1] and json.loads(content)["objects"][first["beside"]]["label"] != names[1]
-    for wrong, words in ((["--reconstruct", "nobody"], ("nobody", names[0])), (["--count", "0"], ("--count 0",)),
-                         (["--interpolate", "3"], ("--interpolate",)), (["--level", "0"], ("--level 0",))):
+    objects = page_content(tmp_path / "r/viewer.html")["objects"]
+    assert objects[0]["label"] == names[1] and objects[objects[0]["beside"]]["label"] != names[1]
+    for wrong, words in ((["--reconstruct", "nobody"], ("nobody", names[0])),
+                         (["--count", "0"], ("--count 0",)),
+                         (["--interpolate", "3"], ("--interpolate",)),
+                         (["--level", "0"], ("--level 0",))):
         with pytest.raises(UserError) as error:
             stage.main([*arguments, *wrong])
         assert all(word in str(error.value) for word in words), error.value
