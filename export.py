@@ -302,10 +302,10 @@ def save_motion(path, pictures, seconds=4, **options):
 
 
 def small(pictures):
-    """For a README: half the frames, at most 480 pixels wide, 64 colours"""
+    """For a README: half the frames, at most 480 pixels wide, 128 colours"""
     scale = min(1, 480 / pictures[0].width)
     size = (round(pictures[0].width * scale), round(pictures[0].height * scale))
-    return [p.resize(size, Image.LANCZOS).quantize(64, dither=Image.NONE) for p in pictures[::2]]
+    return [p.resize(size, Image.LANCZOS).quantize(128, Image.Quantize.MAXCOVERAGE) for p in pictures[::2]]
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
