@@ -284,7 +284,8 @@ class Photos:
 def read_photos(folder, size, objects=0):
     """The first `objects` of a folder, or all"""
     *tensors, names = render_shapenet.load_photos(folder, size)
-    return Photos(*[t if t is None else t[:objects or len(t)] for t in tensors], names[:objects or len(names)])
+    count = objects or len(names)
+    return Photos(*[t if t is None else t[:count] for t in tensors], names[:count])
 
 
 def kinds_of(folder, names):

@@ -4,21 +4,22 @@ Is it good, is it new, is it diverse?  The numbers, beside controls that need no
 The earphones are procedural, so there is no end of fresh ones (fresh.py): objects of the training objects'
 distribution that no training saw.  Good samples cannot be told from them.
 
-    shapes      points on the visible surface, seen by the same 20 cameras.  Of two shapes the Chamfer distance;
+    shapes      points on the visible surface, seen by the same 20 cameras.  Of two shapes the Chamfer
+                distance; of two sets
                 1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike
                 COV     the share of fresh objects that are some sample's nearest
                 MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
-    pictures    the features of a network that reads factors off four views.  Of two sets their kernel distance,
-                MMD^2 with (x y / d + 1)^3 (Binkowski et al. 2018): 0 where they are alike.  (Not KID: that is
-                the same of Inception's features.)  To photos of fresh objects, and to fresh objects as the
-                decoder can show them (codes fitted to photos), which leaves out the decoder's blur
-    copies      the share of samples whose nearest training object is under a third as far as the second nearest
+    pictures    the features of a network that reads factors off four views.  Of two sets their kernel
+                distance, MMD^2 with (x y / d + 1)^3 (Binkowski et al. 2018): 0 where they are alike.  (Not
+                KID: that is the same of Inception's features.)  To photos of fresh objects; and to fresh
+                objects as the decoder can show them (codes fitted to photos), which leaves out its blur
+    copies      the share of samples whose nearest training object is under a third as far as the second
     Z_U         are samples nearer to the training objects than unseen objects are?  (Mann-Whitney, z-scored;
                 Meehan et al. 2020)  Below -3: copying
-    cells       kind x palette x outline as that network reads them: how many of those that training objects come
-                from the samples reach, and of all others
+    cells       kind x palette x outline as that network reads them: how many of those that training objects
+                come from the samples reach, and how many of all others
 
-A perfect copier has a good 1-NNA too: read it together with Z_U.  +- is a deviation, by bootstrap over objects.
+A perfect copier has a good 1-NNA too: read it with Z_U.  +- is a deviation, by bootstrap over objects.
 
 in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2;  runs/shuffled, if it is there: a control
 out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png
@@ -118,8 +119,9 @@ def z_u(samples, unseen, weight_a=None, weight_b=None):
     M, N = len(samples), len(unseen)
     ones = lambda n: torch.ones(1, n, dtype=torch.float64)
     larger = (samples[:, None] > unseen).double() + 0.5 * (samples[:, None] == unseen)
-    larger = ((ones(M) if weight_a is None else weight_a) @ larger * (ones(N) if weight_b is None else weight_b))
-    return (larger.sum(1) - M * N / 2) / math.sqrt(M * N * (M + N + 1) / 12)
+    weight_a, weight_b = ones(M) if weight_a is None else weight_a, ones(N) if weight_b is None else weight_b
+    larger = (weight_a @ larger * weight_b).sum(1)
+    return (larger - M * N / 2) / math.sqrt(M * N * (M + N + 1) / 12)
 
 
 def copies(to_training):
@@ -133,7 +135,7 @@ def mean_kernel(kernel, a, b, weight_a=None, weight_b=None):
     resamplings by how often each counts, (T,M) and (T,N)"""
     weight_a = torch.ones(1, len(a), dtype=torch.float64) if weight_a is None else weight_a
     values = kernel(a.double(), b.double())
-    if a is b:                                # one drawn twice is no pair with itself: that would be distance 0
+    if a is b:                                # one drawn twice is no pair with itself
         values.fill_diagonal_(0)
         pairs = weight_a.sum(1) ** 2 - weight_a.square().sum(1)
         return (weight_a @ values * weight_a).sum(1) / pairs.clamp(min=1)
@@ -319,9 +321,10 @@ PERCENT = ("1-NNA", "COV", "copies", "copies, shapes", "training cells", "other 
 def compared(rows):
     """{row: {number: (value, resamplings)}} -> the same of the differences from ours: fresh objects are drawn
     alike for all rows, and what they share in luck cancels"""
-    return {name: {key: (value - rows["ours"][key][0], again - rows["ours"][key][1])
-                   for key, (value, again) in row.items() if key in TABLES["Further from fresh objects than ours"]}
-            for name, row in rows.items() if name != "ours"}
+    ours = rows["ours"]
+    return {name: {key: (row[key][0] - ours[key][0], row[key][1] - ours[key][1])
+                   for key in ("to photos", "to reconstructions", "pixels") if key in row and key in ours}
+            for name, row in rows.items() if row is not ours}
 
 
 def with_deviation(rows):
@@ -379,10 +382,10 @@ def read_sets(reader, sets, fresh, control, cells):
     del sets["fresh objects, blurred"]["labels"], sets["noise"]["labels"]
     right = fresh["labels"] == fresh["true labels"]
     inside = torch.isin(cell_of(sets["training objects"]["labels"]), torch.tensor(cells)).double().mean()
-    return ("The reader, on photos of fresh objects: "
-            + ", ".join(f"{name} {share:.1%}" for name, share in zip(FACTORS, right.double().mean(0).tolist()))
-            + f", all three {right.all(1).double().mean():.1%} right. Of the training objects' reconstructions "
-            f"it puts {inside:.1%} into cells of training objects, where all of them belong.\n")
+    each = ", ".join(f"{name} {share:.1%}" for name, share in zip(FACTORS, right.double().mean(0).tolist()))
+    return (f"The reader, on photos of fresh objects: {each}, all three {right.all(1).double().mean():.1%} "
+            f"right. Of the training objects' reconstructions it puts {inside:.1%} into cells of training objects, "
+            "where all of them belong.\n")
 
 
 def main(argv=None):
@@ -419,15 +422,15 @@ def main(argv=None):
     if cells:
         remark = read_sets(reader, sets, fresh, control, cells)
     else:
-        fresh, remark = held, ("The training objects are not those of earphones.py: what needs fresh objects of "
-                               "theirs is not defined. Shapes are compared with the held-out ones', as the "
-                               "decoder shows them.\n")
+        fresh, remark = held, ("The training objects are not those of earphones.py: what needs fresh objects "
+                               "is not defined. Shapes are compared with the held-out ones', as the decoder "
+                               "shows them.\n")
     within = chamfer(fresh["points"], fresh["points"])
     rows = {name: judge(some, fresh, within, held, training, cells, config) for name, some in sets.items()}
     more, rows = with_deviation(compared(rows)), with_deviation(rows)
 
-    text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} held-out ones "
-            f"with fitted codes; +- is a deviation, of {config.bootstrap} resamplings.\n", remark]
+    text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} "
+            f"held-out ones with fitted codes; +- is a deviation, of {config.bootstrap} resamplings.\n", remark]
     for title, columns in TABLES.items():
         lines = [[name, *(shown(column, row.get(column)) for column in columns)]
                  for name, row in (more if "ours" in title else rows).items() if row.keys() & set(columns)]
@@ -448,7 +451,8 @@ def main(argv=None):
            for name, most in (("ours", 16), ("training objects", len(names)))}
     measured = measure_samples(sets["ours"]["latents"][:16], training["latents"], few["ours"])
     seeds = range(config.seed, config.seed + 16)
-    save_picture(out / "nearest.png", contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
+    save_picture(out / "nearest.png",
+                 contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
     print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png")
 
 

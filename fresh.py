@@ -35,7 +35,8 @@ from volume_render import camera_rays
 
 PIXELS = 64
 # The corners of a dodecahedron, all around; the first four, by which to compare, and eight are far apart
-CORNERS = [(72 * k + 36 * (height > 0) + 17, height) for height in (52.6, 10.8, -10.8, -52.6) for k in range(5)]
+CORNERS = [(72 * k + 36 * (height > 0) + 17, height)
+           for height in (52.6, 10.8, -10.8, -52.6) for k in range(5)]
 FIRST = (6, 14, 0, 15, 18, 2, 3, 4)
 AROUND = [CORNERS[k] for k in (*FIRST, *(k for k in range(20) if k not in FIRST))]
 FACTORS = {"kind": earphones.KINDS, "palette": tuple(earphones.PALETTES), "part": earphones.PARTS}
@@ -44,7 +45,7 @@ UNSEEN = torch.tensor([earphones.held_out(earphones.KINDS[a], FACTORS["palette"]
                        for a, b, c in CELLS])
 
 
-# ------------------------------------------------------------------------- shapes and pictures, of either kind
+# ----------------------------------------------------------------------------------------- seeing objects
 
 def cloud(origins, directions, depth, seen, count):
     """Rays (V,R,3), their depths and whether they hit (V,R) -> (count,3): points spread over what is seen,
@@ -60,6 +61,10 @@ def rays_around(count=len(AROUND)):
     return camera_rays(cameras(AROUND[:count]), intrinsics_at(PIXELS, 131.25).float(), PIXELS)
 
 
+def labels(factors):
+    return torch.tensor([values.index(factors[key]) for key, values in FACTORS.items()])
+
+
 def see_object(split, index, seed, views, points):
     """One procedural object, from factors to pictures and points: what each worker process does"""
     factors = earphones.draw_factors(split, index, seed)
@@ -73,7 +78,7 @@ def see_object(split, index, seed, views, points):
     hit = depth.isfinite().flatten(1)
     one = {"rgb": (rgb[:views] * 255).round().byte(), "mask": (coverage_[:views] * 255).round().byte(),
            "points": cloud(*rays_around(), depth.flatten(1), hit, points) if points else torch.zeros(0, 3),
-           "true labels": torch.tensor([values.index(factors[key]) for key, values in FACTORS.items()]),
+           "true labels": labels(factors),
            "colours": torch.tensor(factors["body"] + factors["pad"] + factors["accent"])}
     return {key: value.numpy() for key, value in one.items()}
 
@@ -83,7 +88,8 @@ def see_objects(file, split, count, config, views, points, run):
     if file.exists():
         kept = load_checkpoint(file)
         if len(kept["rgb"]) >= count and kept["points"].shape[1] >= points:
-            return {key: value[:count] for key, value in kept.items()} | {"points": kept["points"][:count, :points]}
+            kept["points"] = kept["points"][:, :points]
+            return {key: value[:count] for key, value in kept.items()}
     work = [(split, index, config.seed, views, points) for index in range(count)]
     rows, workers = [], min(os.cpu_count(), count)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
@@ -102,14 +108,14 @@ def see_objects(file, split, count, config, views, points, run):
 # ---------------------------------------------------------------------------------------- reading the factors
 
 class Reader(nn.Module):
-    """Four pictures of an object -> what it is: kind, palette, outline and its three colours.  What lies before
-    the last layer are the features that pictures are compared by."""
+    """Four pictures of an object -> what it is: kind, palette, outline and its three colours.  What lies
+    before the last layer are the features that pictures are compared by."""
 
     def __init__(self, features=128):
         super().__init__()
         widths = (3, 32, 64, 128, 128)
         self.trunk = nn.Sequential(*[nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU())
-                                     for a, b in zip(widths, widths[1:])])               # 64 -> 4 pixels a side
+                                     for a, b in zip(widths, widths[1:])])         # 64 -> 4 pixels a side
         self.join = nn.Linear(4 * 128 * 4, features)
         self.answer = nn.Linear(features, 4 + 7 + 3 + 9)
 
@@ -186,5 +192,5 @@ def training_cells(names, folder):
     for name, match in zip(names, found):
         file = Path(folder, name, "factors.json")
         f = json.loads(file.read_text()) if file.exists() else earphones.draw_factors("train", int(match[1]))
-        cells.append(cell_of(torch.tensor([[values.index(f[key]) for key, values in FACTORS.items()]])).item())
+        cells.append(cell_of(labels(f)[None]).item())
     return sorted(set(cells))

@@ -7,8 +7,8 @@ minutes, and evaluate.py's numbers; a figure and a table are made of what is don
     latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
     denoiser        MLP and U-Net of equal parameters
     mix             the share of mixtures in a batch: 0, 0.25, 0.5, 1
-    code            stage 1 with noise on the latents and a penalty on foggy mixtures, on and off: judged by what
-                    stage 2 makes of its latents
+    code            stage 1 with noise on the latents and a penalty on foggy mixtures, on and off: judged by
+                    what stage 2 makes of its latents
 
 out  runs/sweep/NAME/     table.md, figure.png; a folder for each run
 run  python sweep.py mix                 the same command again goes on where it stopped
@@ -46,17 +46,18 @@ class Config:
 # For each choice a label, stage 1's flags and stage 2's
 SWEEPS = {
     "objects": [(str(n), {} if n == 72 else dict(objects=n), {}) for n in (8, 32, 72, 256)],
-    "normalization": [("none", {}, dict(normalization="none")), ("meanstd", {}, dict(normalization="meanstd")),
-                      ("robust_global", {}, dict(normalization="robust_global")), ("robust", {}, {})],
+    "normalization": [(how, {}, dict(normalization=how) if how != "robust" else {})
+                      for how in ("none", "meanstd", "robust_global", "robust")],
     "latent": [("4", dict(latent_resolution=4, channels="64,64,32"), {}), ("8", {}, {}),
                ("16", dict(latent_resolution=16, channels="32"), {})],
     "denoiser": [("mlp", {}, {}), ("unet", {}, dict(denoiser="unet", channels="60,120", batch=16))],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],
-    "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}), ("penalty", dict(mixture_penalty=0.1), {}),
+    "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}),
+             ("penalty", dict(mixture_penalty=0.1), {}),
              ("both", dict(latent_noise=0.1, mixture_penalty=0.1), {})],
 }
-COLUMNS = ("1-NNA", "Z_U, shapes", "COV", "to photos", "to reconstructions", "copies", "copies, shapes", "Z_U",
-           "in other cells")
+COLUMNS = ("1-NNA", "Z_U, shapes", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
+           "Z_U", "in other cells")
 PLOTTED = ("copies", "Z_U", "1-NNA", "to reconstructions")
 
 
@@ -78,8 +79,9 @@ def one_run(config, first, second, seed):
         if not (stage2 / "curve.png").exists():
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
                                      **second))
-        evaluate.main(arguments(device=config.device, diffusion=stage2, out=stage2 / "evaluate", count=config.count,
-                                points=config.points, fits=config.fits, reconstructions=0) + ["--no-controls"])
+        numbers = {field: getattr(config, field) for field in ("device", "count", "points", "fits")}
+        evaluate.main(["--no-controls", *arguments(diffusion=stage2, out=stage2 / "evaluate",
+                                                   reconstructions=0, **numbers)])
     row = json.loads(tables.read_text())["rows"]
     held = [json.loads(line) for line in open(stage1 / "log.jsonl")]
     return {"PSNR": [row["heldout"] for row in held if "heldout" in row][-1], **row["ours"]}
@@ -98,7 +100,8 @@ def main(argv=None):
     for seed in range(config.seeds):
         for label, first, second in SWEEPS[name]:
             if time.time() - began > 3600 * config.hours:
-                raise UserError(f"--hours {config.hours:g} are over, {len(rows)} runs done: the same command goes on")
+                raise UserError(f"--hours {config.hours:g} are over, {len(rows)} runs done: "
+                                "the same command goes on")
             rows.append((label, one_run(config, first, second, seed)))
             report(Path(config.out, name), name, rows)
 
@@ -119,8 +122,8 @@ def report(folder, name, rows):
     for axis, column in zip(axes[0], plotted):
         for label, row in rows:
             value, deviation = row[column]
-            axis.errorbar(labels.index(label), scale(column) * value, yerr=2 * scale(column) * (deviation or 0),
-                          fmt="o", color="C0", capsize=3)
+            axis.errorbar(labels.index(label), scale(column) * value,
+                          yerr=2 * scale(column) * (deviation or 0), fmt="o", color="C0", capsize=3)
         axis.set_xticks(range(len(labels)), labels)
         axis.set(title=f"{column}, %" if column in evaluate.PERCENT else column, xlabel=name)
         axis.margins(x=0.2)
