@@ -69,6 +69,10 @@ class Config:
     device: str = "auto"                 # auto, cpu or cuda
 
 
+PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, readings=32, reader_steps=10,
+                                               reconstructions=2, bootstrap=20)}
+
+
 # ---------------------------------------------------------------------------------------------- distances
 
 def chamfer(a, b, tile=1 << 18):
@@ -384,12 +388,12 @@ def read_sets(reader, sets, fresh, control, cells):
     inside = torch.isin(cell_of(sets["training objects"]["labels"]), torch.tensor(cells)).double().mean()
     each = ", ".join(f"{name} {share:.1%}" for name, share in zip(FACTORS, right.double().mean(0).tolist()))
     return (f"The reader, on photos of fresh objects: {each}, all three {right.all(1).double().mean():.1%} "
-            f"right. Of the training objects' reconstructions it puts {inside:.1%} into cells of training objects, "
-            "where all of them belong.\n")
+            f"right. Of the training objects' reconstructions it puts {inside:.1%} into cells of training "
+            "objects, where all of them belong.\n")
 
 
 def main(argv=None):
-    config = parse_config(Config, argv=argv)
+    config = parse_config(Config, PRESETS, argv)
     for name, least in (("count", 4), ("points", 1), ("fits", 4), ("readings", 32), ("reader_steps", 1),
                         ("reconstructions", 0), ("bootstrap", 2)):
         if getattr(config, name) < least:
@@ -402,9 +406,9 @@ def main(argv=None):
         # that they are the same for any count)
         n = config.fits
         run = Run(config.fresh, config, ("seed", "readings", "reader_steps"), name="fresh.json")
+        run.lock.close()                   # two evaluations may share it: they make the same, file by file
         reader = train_reader(config, run, device)
         every = see_objects(run.folder / "fresh.pt", "fresh", n + 2 * count, config, 8, config.points, run)
-        run.lock.close()
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
@@ -430,7 +434,7 @@ def main(argv=None):
     more, rows = with_deviation(compared(rows)), with_deviation(rows)
 
     text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} "
-            f"held-out ones with fitted codes; +- is a deviation, of {config.bootstrap} resamplings.\n", remark]
+            f"held-out ones with fitted codes; +- is a deviation ({config.bootstrap} resamplings).\n", remark]
     for title, columns in TABLES.items():
         lines = [[name, *(shown(column, row.get(column)) for column in columns)]
                  for name, row in (more if "ours" in title else rows).items() if row.keys() & set(columns)]

@@ -33,13 +33,14 @@ class Config:
     out: str = "runs/sweep"              # folder for all runs
     hours: float = 8.0                   # begin no run after so many
     data: str = "data_large"             # folder of photos, of 256 objects; made if it is not there
-    steps1: int = 2000                   # of stage 1
-    steps2: int = 2000                   # of stage 2
-    count: int = 256                     # samples, and fresh objects
+    steps1: int = 1500                   # of stage 1
+    steps2: int = 1500                   # of stage 2
+    count: int = 128                     # samples, and fresh objects
     points: int = 512                    # on each shape
-    fits: int = 48                       # fresh objects that codes are fitted to
+    fits: int = 32                       # fresh objects that codes are fitted to
     seeds: int = 1                       # trainings of stage 2 for each choice
-    preset: str = "cpu"                  # cpu | gpu | smoke: of the stages
+    fresh: str = "runs/fresh"            # evaluate.py's folder of fresh objects
+    stages: str = "cpu"                  # cpu | gpu | smoke: the preset of every stage
     device: str = "auto"                 # auto, cpu or cuda
 
 
@@ -72,15 +73,15 @@ def one_run(config, first, second, seed):
     stage2 = Path(config.out, "stage2", f"{key(first)}+{key(second)}+{seed}")
     tables = stage2 / "evaluate/tables.json"
     if not tables.exists():
-        common = dict(device=config.device, preset=config.preset)
+        common = dict(device=config.device, preset=config.stages)
         if not (stage1 / "table.txt").exists():
             autodecoder.main(arguments(**common, data=f"{config.data}/earphones_train", out=stage1,
                                        steps=config.steps1, **({"objects": 72} | first)))
         if not (stage2 / "curve.png").exists():
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
                                      **second))
-        numbers = {field: getattr(config, field) for field in ("device", "count", "points", "fits")}
-        evaluate.main(["--no-controls", *arguments(diffusion=stage2, out=stage2 / "evaluate",
+        numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "fresh")}
+        evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
                                                    reconstructions=0, **numbers)])
     row = json.loads(tables.read_text())["rows"]
     held = [json.loads(line) for line in open(stage1 / "log.jsonl")]
