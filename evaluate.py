@@ -61,7 +61,7 @@ class Config:
     points: int = 1024                   # on each shape
     fits: int = 256                      # fresh objects that codes are fitted to, from 8 photos each
     readings: int = 1024                 # objects that the reader learns from, by four pictures each
-    reader_steps: int = 1500             # gradient steps of the reader
+    reader_steps: int = 4000             # gradient steps of the reader
     controls: bool = True                # no: ours, training and held-out objects alone
     reconstructions: int = 24            # unseen objects in the table of reconstructions; 0: no such table
     bootstrap: int = 200                 # resamplings, for the deviations

@@ -151,7 +151,7 @@ def train_reader(config, run, device):
     for step in range(config.reader_steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / config.reader_steps))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        chosen = torch.randint(len(rgb), (32,), generator=generator)
+        chosen = torch.randint(len(rgb), (16,), generator=generator)
         side = int(torch.randint(14, PIXELS + 1, (), generator=generator))
         pictures = blurred(rgb[chosen].float() / 255, side)
         pictures = pictures.roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (2, 3))
