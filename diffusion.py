@@ -455,11 +455,15 @@ def load_denoiser(folder, device="cpu"):
     return build_denoiser(load_stage(folder, "stage 2's denoiser", "diffusion.py"), device)
 
 
+def averaged(state):
+    """The averaged weights: of the best step where --patience chose one, otherwise of the last"""
+    return state["best"]["ema"] or state["ema"]
+
+
 def build_denoiser(state, device="cpu"):
-    """With the averaged weights: of the best step where --patience chose one, otherwise of the last"""
     denoiser = Denoiser(Config(**state["config"]), state["shape"], state["components"], state["planes"])
     denoiser.load_state_dict(state["denoiser"])
-    denoiser.network.load_state_dict(state["best"]["ema"] or state["ema"])
+    denoiser.network.load_state_dict(averaged(state))
     return (denoiser.to(device).eval().requires_grad_(False),
             {"folder": state["config"]["autodecoder"], "fingerprint": state["autodecoder"]})
 

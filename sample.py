@@ -35,9 +35,9 @@ from PIL import Image, ImageDraw
 
 from autodecoder import (build_autodecoder, depth_picture, kinds_of, largest_piece, load_autodecoder,
                          voxel_opacity)
-from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, parse_config, pick_device,
-                    save_picture)
-from diffusion import build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
+from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, load_stage, parse_config,
+                    pick_device, save_picture)
+from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
 from render_shapenet import camera_to_world_at, intrinsics_at, write_intrinsics, write_view
 from volume_render import camera_rays, occupancy, render
 
@@ -54,6 +54,7 @@ class Config:
     size: int = 128                      # pixels along a side of those views
     elevation: float = 20.0              # degrees: the turn's height
     batch: int = 64                      # samples denoised at a time: memory, not the result
+    pack: str = ""                       # a file: write both trained models to it, and draw nothing
     device: str = "auto"                 # auto, cpu or cuda
 
 
@@ -99,6 +100,23 @@ def render_views(model, latents, poses, size, batch=8):
         rgb, alpha, depth = (picture.view(*shape, *picture.shape[2:]) for picture in pictures)
         parts.append((rgb, alpha, depth, voxel_opacity(model, volume) > 0.5))
     return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
+
+
+def pack(config):
+    """Both trained models in one file, large tensors in half precision: what pretrained/ holds"""
+    second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py")
+    folder = config.autodecoder or second["config"]["autodecoder"]
+    first = load_stage(folder, "stage 1's model", "autodecoder.py")
+    small = lambda tensors: {name: t.half() if t.numel() > 10_000 else t for name, t in tensors.items()}
+    network = small(averaged(second))
+    rest = {name: t for name, t in second["denoiser"].items() if not name.startswith("network.")}
+    rest = small(rest) | {f"network.{name}": t for name, t in network.items()}
+    kept = {key: second[key] for key in ("config", "shape", "components", "planes", "autodecoder")}
+    state = {"autodecoder": {"config": first["config"], "names": first["names"], "model": small(first["model"])},
+             "diffusion": kept | {"denoiser": rest, "ema": network, "best": {"ema": None}}}
+    with atomic_file(config.pack) as temporary:
+        torch.save(state, temporary)
+    print(f"wrote {config.pack}: {Path(config.pack).stat().st_size / 1e6:.1f} MB")
 
 
 def cameras(angles):
@@ -224,6 +242,8 @@ def main(argv=None):
     for name, least in (("count", 1), ("steps", 0), ("views", 0), ("size", 1), ("batch", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
+    if config.pack:
+        return pack(config)
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
     seeds = range(config.seed, config.seed + config.count)
