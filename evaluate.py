@@ -6,13 +6,15 @@ distribution that no training saw.  Good samples cannot be told from them.
 
     shapes      points on the visible surface, seen by the same 20 cameras.  Of two shapes the Chamfer
                 distance; of two sets
-                1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike
+                1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.  Against
+                        fresh objects' meshes it tells volumes from meshes, whatever the samples; "decoded":
+                        against fresh objects as the decoder can show them (codes fitted to photos)
                 COV     the share of fresh objects that are some sample's nearest
                 MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
     pictures    the features of a network that reads factors off four views.  Of two sets their kernel
                 distance, MMD^2 with (x y / d + 1)^3 (Binkowski et al. 2018): 0 where they are alike.  (Not
-                KID: that is the same of Inception's features.)  To photos of fresh objects; and to fresh
-                objects as the decoder can show them (codes fitted to photos), which leaves out its blur
+                KID: that is the same of Inception's features.)  To photos of fresh objects, and to fresh
+                objects as the decoder can show them
     copies      the share of samples whose nearest training object is under a third as far as the second
     Z_U         are samples nearer to the training objects than unseen objects are?  (Mann-Whitney, z-scored;
                 Meehan et al. 2020)  Below -3: copying
@@ -184,7 +186,7 @@ def see_volumes(model, latents, config):
 
 # ------------------------------------------------------------------------------------------------- the tables
 
-def judge(some, fresh, within_fresh, held, training, cells, config):
+def judge(some, fresh, held, training, cells, config):
     """One row of all tables: {number: (value, itself in each resampling)}, of what is defined for it"""
     row, salt = {}, iter(range(100))
     again = lambda what: resampled(len(what), config, next(salt))
@@ -197,10 +199,13 @@ def judge(some, fresh, within_fresh, held, training, cells, config):
         row[name] = statistic(a, b).item(), statistic(a, b, *weights)
 
     if "points" in some and some is not fresh:
+        for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)):
+            if other is not some:
+                N = min(len(some["points"]), len(other["points"]))
+                a, b = some["points"][:N], other["points"][:N]
+                share(name, one_nna(chamfer(a, a), chamfer(a, b), chamfer(b, b)))
         N = min(len(some["points"]), len(fresh["points"]))
-        points = some["points"][:N]
-        between = chamfer(points, fresh["points"][:N])
-        share("1-NNA", one_nna(chamfer(points, points), between, within_fresh[:N, :N]))
+        between = chamfer(some["points"][:N], fresh["points"][:N])
         named, near = coverage(between), mmd(between).double()
         weight = again(named)
         row["COV"] = len(named.unique()) / N, torch.tensor([len(named[w > 0].unique()) / N for w in weight])
@@ -315,11 +320,11 @@ def reconstruction_rows(model, names, config, device):
 
 
 TABLES = {
-    "Generation": ("1-NNA", "Z_U, shapes", "COV", "MMD", "to photos", "to reconstructions", "pixels"),
+    "Generation": ("1-NNA", "1-NNA, decoded", "COV", "MMD", "to photos", "to reconstructions", "pixels"),
     "Further from fresh objects than ours": ("to photos", "to reconstructions", "pixels"),
     "Memorisation": ("d1", "copies", "Z_U", "copies, shapes", "Z_U, shapes", "closest two of 64"),
     "Factors": ("training cells", "other cells", "in other cells")}
-PERCENT = ("1-NNA", "COV", "copies", "copies, shapes", "training cells", "other cells", "in other cells")
+PERCENT = ("1-NNA", "1-NNA, decoded", "COV", "copies", "copies, shapes", "training cells", "other cells", "in other cells")
 
 
 def compared(rows):
@@ -340,8 +345,11 @@ def shown(name, number):
     """(value, deviation or None) or None, as it stands in a table"""
     if number is None:
         return "-"
-    scale, digits = (100, 1) if name in PERCENT else (1000, 2) if name == "MMD" else (1, 2)
+    scale = 100 if name in PERCENT else 1000 if name == "MMD" else 1
+    digits = 1 if scale == 100 or name in ("d1", "closest two of 64") else 2
     value, deviation = number
+    if abs(value) > 1e4:                                           # noise, by the distance of pictures
+        return f"{value:.0e}"
     text = f"{scale * value:.{digits}f}"
     return text if deviation is None else f"{text} +- {scale * deviation:.{digits}f}"
 
@@ -353,7 +361,7 @@ def markdown(title, head, rows):
 
 def plot_rows(rows, path):
     """The headline numbers, each row a point with twice its deviation"""
-    names = [name for name in ("1-NNA", "Z_U, shapes", "to photos", "to reconstructions")
+    names = [name for name in ("1-NNA, decoded", "Z_U, shapes", "to photos", "to reconstructions")
              if any(name in row for row in rows.values())]
     figure, axes = new_figure(1, len(names), figsize=(3 * len(names), 3.2), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names):
@@ -361,7 +369,7 @@ def plot_rows(rows, path):
             if name in row:
                 value, deviation = row[name]
                 axis.errorbar(value, -k, xerr=2 * deviation, fmt="o", ms=4, color="C3" if k == 0 else "C0")
-        axis.axvline(0.5 if name == "1-NNA" else 0, color="grey", lw=0.7)
+        axis.axvline(0.5 if "1-NNA" in name else 0, color="grey", lw=0.7)
         axis.set_title(name)
         if name.startswith("to"):
             axis.set_xscale("symlog", linthresh=1)
@@ -429,8 +437,7 @@ def main(argv=None):
         fresh, remark = held, ("The training objects are not those of earphones.py: what needs fresh objects "
                                "is not defined. Shapes are compared with the held-out ones', as the decoder "
                                "shows them.\n")
-    within = chamfer(fresh["points"], fresh["points"])
-    rows = {name: judge(some, fresh, within, held, training, cells, config) for name, some in sets.items()}
+    rows = {name: judge(some, fresh, held, training, cells, config) for name, some in sets.items()}
     more, rows = with_deviation(compared(rows)), with_deviation(rows)
 
     text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} "

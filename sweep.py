@@ -34,7 +34,7 @@ class Config:
     hours: float = 8.0                   # begin no run after so many
     data: str = "data_large"             # folder of photos, of 256 objects; made if it is not there
     steps1: int = 1500                   # of stage 1
-    steps2: int = 1500                   # of stage 2
+    steps2: int = 3000                   # of stage 2
     count: int = 128                     # samples, and fresh objects
     points: int = 512                    # on each shape
     fits: int = 32                       # fresh objects that codes are fitted to
@@ -54,12 +54,11 @@ SWEEPS = {
     "denoiser": [("mlp", {}, {}), ("unet", {}, dict(denoiser="unet", channels="60,120", batch=16))],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],
     "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}),
-             ("penalty", dict(mixture_penalty=0.1), {}),
-             ("both", dict(latent_noise=0.1, mixture_penalty=0.1), {})],
+             ("penalty", dict(mixture_penalty=0.1), {})],
 }
-COLUMNS = ("1-NNA", "Z_U, shapes", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
-           "Z_U", "in other cells")
-PLOTTED = ("copies", "Z_U", "1-NNA", "to reconstructions")
+COLUMNS = ("1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes", "Z_U",
+           "Z_U, shapes", "in other cells")
+PLOTTED = ("copies", "Z_U", "Z_U, shapes", "to photos")
 
 
 def arguments(**flags):
