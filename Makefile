@@ -1,11 +1,12 @@
 # Two commands: `make demo` shows it, `make test` checks it.  Each sets up .venv first, if it is not there.
 PYTHON ?= python3
+RUN = .venv/bin/python
 
 help:
-	@echo "make demo    set up, then make earphones, learn them, diffuse, and sample new ones"
+	@echo "make demo    set up, show new earphones of the model in the box, then train one from scratch and show its own"
 	@echo "make test    set up, then run the tests"
-	@echo "make bench   set up, then measure the rasteriser's and the renderer's speed"
-	@echo "make clean   remove .venv; data/ and runs/ are yours and stay"
+	@echo "make bench   set up, then measure the speed of the rasteriser, the renderer and the meshes"
+	@echo "make clean   remove .venv; data/, runs/ and samples/ are yours and stay"
 
 .venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,16 +14,19 @@ help:
 	touch .venv/ready
 
 demo: .venv/ready
-	.venv/bin/python render_shapenet.py
-	.venv/bin/python autodecoder.py
-	.venv/bin/python diffusion.py
-	.venv/bin/python sample.py
+	$(RUN) sample.py --diffusion pretrained/earphones.pt --out samples/pretrained
+	@echo; echo "Look at samples/pretrained/sheet.png and viewer.html. Now to train one from scratch: 12 minutes or so"; echo
+	$(RUN) render_shapenet.py
+	$(RUN) autodecoder.py
+	$(RUN) diffusion.py
+	$(RUN) sample.py
+	@echo; echo "samples/beside.png: your model's earphones above, those of the model in the box below"
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q tests
+	$(RUN) -m pytest -q tests
 
 bench: .venv/ready
-	.venv/bin/python tests/bench.py --render
+	$(RUN) tests/bench.py --render
 
 clean:
 	rm -rf .venv

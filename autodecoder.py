@@ -272,20 +272,25 @@ def build_autodecoder(state, device="cpu"):
 # ---------------------------------------------------------------------------------------------------- data
 
 class Photos:
-    """All photos of a folder, in memory as bytes; and for each, which pixels are on or near the object."""
+    """Photos of objects, in memory as bytes; and for each, which pixels are on or near the object."""
 
-    def __init__(self, folder, size, objects=0):
-        rgb, mask, pose, intrinsics, names = render_shapenet.load_photos(folder, size)
-        self.folder, self.size, count = Path(folder), size, objects or len(names)
-        self.rgb, self.pose = rgb[:count], pose[:count]
-        self.intrinsics, self.names = intrinsics[:count], names[:count]
+    def __init__(self, rgb, mask, pose, intrinsics, names):
+        self.rgb, self.pose, self.intrinsics, self.names = rgb, pose, intrinsics, names
+        size = self.size = rgb.shape[2]
         self.has_masks = mask is not None
-        self.mask = mask[:count] if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
+        self.mask = mask if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
         flat = self.mask.flatten(0, 1)[:, None].float()                            # (BV,1,H,W)
         near = F.max_pool2d(flat, 5, 1, 2).view(*self.mask.shape[:2], -1) > 0      # (B,V,HW)
         self.near = near.flatten().nonzero()[:, 0] % size ** 2                     # pixels, photo after photo
         self.near_count = near.sum(-1)                                             # (B,V)
         self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
+
+
+def read_photos(folder, size, objects=0):
+    """The first `objects` of a folder, or all"""
+    *tensors, names = render_shapenet.load_photos(folder, size)
+    count = objects or len(names)
+    return Photos(*[t if t is None else t[:count] for t in tensors], names[:count])
 
 
 def kinds_of(folder, names):
@@ -528,7 +533,7 @@ def main(argv=None):
     if not Path(config.data).exists() and config.data == Config.data:
         print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
         render_shapenet.main([])
-    photos = Photos(config.data, config.size, config.objects)
+    photos = read_photos(config.data, config.size, config.objects)
     count = photos.rgb.shape[1]
     if not 1 <= config.holdout_views < count:
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
@@ -608,9 +613,9 @@ def main(argv=None):
                                 "from there")
 
     rows = measure(model, model.codes, photos, range(len(photos.names)), test_views, device, white)
-    print(table(rows, kinds_of(photos.folder, photos.names)))
+    print(table(rows, kinds_of(config.data, photos.names)))
     with atomic_file(run.folder / "table.txt") as temporary:
-        temporary.write_text(table(rows, kinds_of(photos.folder, photos.names)) + "\n")
+        temporary.write_text(table(rows, kinds_of(config.data, photos.names)) + "\n")
     plot_log(run.folder, "PSNR (dB)", psnr="training rays", heldout="held-out views",
              heldout_foreground="held-out views, foreground")
     figure1(model, photos, run.folder / "figure1.png", device)
@@ -624,7 +629,7 @@ def main(argv=None):
 def fit(config, device):
     """--fit FOLDER: codes for objects that training never saw, from few photos; measured on the others."""
     model, _ = load_autodecoder(config.out, device)
-    photos = Photos(config.fit, model.config.size, config.fit_objects)
+    photos = read_photos(config.fit, model.config.size, config.fit_objects)
     count = photos.rgb.shape[1]
     given = config.views or count - 8
     if not 1 <= given < count:
@@ -638,7 +643,7 @@ def fit(config, device):
     rows = measure(model, codes, photos, everything, others, device, mean_photo(photos, torch.arange(count)))
     print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in "
           f"{seconds:.1f} s, measured on {len(others)} others")
-    print(table(rows, kinds_of(photos.folder, photos.names)))
+    print(table(rows, kinds_of(config.fit, photos.names)))
     shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
     path = Path(config.out, f"fit_{given}_views.png")
     save_preview(path, preview(model, codes[shown], photos, shown, others[0], device))

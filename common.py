@@ -151,7 +151,7 @@ class Run:
         """recipe: the names of the config's fields that whatever is in the folder already must agree with;
         stale: what to throw away first, for --fresh."""
         self.folder, self.config, self.stopping = Path(folder), asdict(config), None
-        self.began, self.first, self.printed, self.width = time.time(), None, 0.0, 0     # the progress line's
+        self.began, self.first, self.printed, self.width = time.time(), {}, 0.0, 0       # the progress line's
         self.bad, self.skipped = 0, 0                                                    # the guard's
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
@@ -264,11 +264,11 @@ class Run:
     def progress(self, what, done, total, numbers=""):
         """One line, rewritten on a terminal, repeated every ten seconds in a log file."""
         now, last = time.time(), done == total
-        if self.first is None:
-            self.first = (now, done) if done else (self.began, 0)    # resumed: the first steps are not of now
+        if what not in self.first:                                   # resumed: the first steps are not of now
+            self.first[what] = (now, done) if done or self.first else (self.began, 0)
         if not last and now - self.printed < (0.2 if sys.stdout.isatty() else 10):
             return
-        self.printed, rate = now, (now - self.first[0]) / max(done - self.first[1], 1)
+        self.printed, rate = now, (now - self.first[what][0]) / max(done - self.first[what][1], 1)
         percent, eta = 100 * done // max(total, 1), clock(rate * (total - done))
         line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {eta}"
         if sys.stdout.isatty():

@@ -47,6 +47,7 @@ class Config:
     mixtures: int = 2048                 # how many such mixtures there are
     among: int = 8                       # codes are mixed with so many nearest ones; 0: any with any
     components: int = 256                # the MLP's: principal components it works in; 0: the bare numbers
+    shuffle: bool = False                # a control: each number of a latent from an object of its own
     holdout: int = 0                     # objects kept aside, to watch the loss of
     patience: int = 0                    # end when that has not fallen for so many previews; 0: never
     # the denoiser
@@ -146,6 +147,12 @@ def code_mixtures(codes, count, generator, among=0):
 @torch.no_grad()
 def latents_of(model, codes):
     return torch.cat([model.to_latent(part).float() for part in codes.split(64)])
+
+
+def shuffled(latents, generator):
+    """(N,...): each number from another object: as likely one by one, together latents of nothing"""
+    order = torch.rand(len(latents), latents[0].numel(), generator=generator).argsort(0).to(latents.device)
+    return latents.flatten(1).gather(0, order).view_as(latents)
 
 
 def fingerprint(model):
@@ -469,11 +476,15 @@ def load_denoiser(folder, device="cpu"):
     return build_denoiser(load_stage(folder, "stage 2's denoiser", "diffusion.py"), device)
 
 
+def averaged(state):
+    """The averaged weights: of the best step where --patience chose one, otherwise of the last"""
+    return state["best"]["ema"] or state["ema"]
+
+
 def build_denoiser(state, device="cpu"):
-    """With the averaged weights: of the best step where --patience chose one, otherwise of the last"""
     denoiser = Denoiser(Config(**state["config"]), state["shape"], state["components"], state["planes"])
     denoiser.load_state_dict(state["denoiser"])
-    denoiser.network.load_state_dict(state["best"]["ema"] or state["ema"])
+    denoiser.network.load_state_dict(averaged(state))
     return (denoiser.to(device).eval().requires_grad_(False),
             {"folder": state["config"]["autodecoder"], "fingerprint": state["autodecoder"]})
 
@@ -539,6 +550,8 @@ def main(argv=None):
     aside, kept = order[:config.holdout], order[config.holdout:]
     latents = latents_of(model, model.codes[kept])
     mixed = latents_of(model, code_mixtures(model.codes[kept], config.mixtures, generator, config.among))
+    if config.shuffle:
+        latents, mixed = shuffled(latents, generator), shuffled(mixed, generator)
     components = min(config.components, len(latents) + len(mixed)) if config.denoiser == "mlp" else 0
     torch.manual_seed(config.seed)
     denoiser = Denoiser(config, latents.shape[1:], components, model.planes).to(device)

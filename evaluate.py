@@ -1,46 +1,260 @@
 """
-How good are the samples, beside what needs no diffusion at all?
+Is it good, is it new, is it diverse?  The numbers, beside controls that need no diffusion at all.
 
-    python evaluate.py         after stages 1 and 2: prints and writes runs/evaluate/table.txt, table.json
+The earphones are procedural, so there is no end of fresh ones (fresh.py): objects of the training objects'
+distribution that no training saw.  Good samples cannot be told from them.
 
-Fresh objects are those of `--data`, which no training saw, as the autodecoder knows them: codes fitted to
-their photos (fit_codes), decoded, seen from four fixed cameras.  (The photos themselves would measure the
-decoder's blur.)  Samples are good if their views are distributed as those are.  The distance of two sets of
-pictures is the energy distance of their pixels (Szekely and Rizzo 2013),
+    shapes      points on the visible surface, seen by the same 20 cameras.  Of two shapes the Chamfer
+                distance; of two sets
+                1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.  Against
+                        fresh objects' meshes it tells volumes from meshes, whatever the samples; "decoded":
+                        against fresh objects as the decoder can show them (codes fitted to photos)
+                COV     the share of fresh objects that are some sample's nearest
+                MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
+    pictures    the features of a network that reads factors off four views.  Of two sets their kernel
+                distance, MMD^2 with (x y / d + 1)^3 (Binkowski et al. 2018): 0 where they are alike.  (Not
+                KID: that is the same of Inception's features.)  To photos of fresh objects, and to fresh
+                objects as the decoder can show them
+    copies      the share of samples whose nearest training object is under a third as far as the second
+    Z_U         are samples nearer to the training objects than unseen objects are?  (Mann-Whitney, z-scored;
+                Meehan et al. 2020)  Below -3: copying
+    cells       kind x palette x outline as that network reads them: how many of those that training objects
+                come from the samples reach, and how many of all others
 
-    E(A, B) = 2 mean |a - b| - mean |a - a'| - mean |b - b'|,
+A perfect copier has a good 1-NNA too: read it with Z_U.  +- is a deviation, by bootstrap over objects.
 
-0 for sets of one distribution, by chance a little below.  Its deviation, and that of the difference from
-ours, come from drawing the fresh objects again and again.  d1 and copies are those of sample.py.
-
-The controls are what diffusion has to beat: G1 of random mixtures of codes, a Gaussian fitted to the codes,
-one fitted to the latents; and what it cannot: the training objects themselves.
+in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2;  runs/shuffled, if it is there: a control
+out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png
+run  python evaluate.py
+     python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
+read chamfer, one_nna, z_u, kernel_distance, judge, main.
 """
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from autodecoder import Config as Stage1, Photos, fit_codes
-from common import Run, UserError, atomic_file, load_checkpoint, parse_config, pick_device
-from diffusion import code_mixtures, fingerprint, latents_of
+from autodecoder import Config as Stage1
+from autodecoder import Photos, fit_codes, mean_of, mean_photo, measure, psnr, read_photos
+from common import (Run, UserError, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
+                    save_figure, save_picture)
+from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser
 from diffusion import sample as draw_samples
-from sample import ANGLES, cameras, load_models, nearest, render_views
+from fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, rays_around, read, see_objects,
+                   train_reader, training_cells)
+from render_shapenet import intrinsics_at
+from sample import ANGLES, cameras, contact_sheet, load_models, nearest, render_views
+from sample import measure as measure_samples
 
 
 @dataclass
 class Config:
-    data: str = "data/earphones_test"    # fresh objects: no training saw them
     diffusion: str = "runs/diffusion"    # stage 2's folder
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
-    out: str = "runs/evaluate"           # folder for the table
-    count: int = 256                     # samples of each kind
-    seed: int = 0                        # the first sample's; and of the controls
-    objects: int = 0                     # fresh objects; 0: all
-    resamplings: int = 500               # for the deviations
+    data: str = "data/earphones_test"    # unseen objects with photos: for the table of reconstructions
+    shuffled: str = "runs/shuffled"      # a denoiser trained with --shuffle; not there: left out
+    fresh: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
+    out: str = "runs/evaluate"           # folder for the tables
+    count: int = 500                     # samples of each kind, and fresh objects
+    points: int = 1024                   # on each shape
+    fits: int = 256                      # fresh objects that codes are fitted to, from 8 photos each
+    readings: int = 1024                 # objects that the reader learns from, by four pictures each
+    reader_steps: int = 4000             # gradient steps of the reader
+    controls: bool = True                # no: ours, training and held-out objects alone
+    reconstructions: int = 24            # unseen objects in the table of reconstructions; 0: no such table
+    bootstrap: int = 200                 # resamplings, for the deviations
+    seed: int = 0                        # of the first sample, the controls, the fresh objects
     device: str = "auto"                 # auto, cpu or cuda
+
+
+PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, readings=32, reader_steps=10,
+                                               reconstructions=2, bootstrap=20)}
+
+
+# ---------------------------------------------------------------------------------------------- distances
+
+def chamfer(a, b, tile=1 << 18):
+    """(M,P,3), (N,P,3) -> (M,N): mean squared distance to the nearest point of the other, both ways, summed
+
+    |p - q|^2 = (-2p, 1, |p|^2) . (q, |q|^2, 1): one product for a tile of all pairs, small enough for the
+    processor's cache, which is what the time goes to otherwise."""
+    square = lambda x: x.square().sum(-1, keepdim=True)
+    one = lambda x: torch.ones_like(x[..., :1])
+    left, right = torch.cat([-2 * a, one(a), square(a)], -1), torch.cat([b, square(b), one(b)], -1)
+    tile = 1 << 26 if a.is_cuda else tile
+    rows, P = [], b.shape[1]
+    for p in left:
+        row = []
+        for q in right.split(8 if not a.is_cuda else 64):                                    # (n,P,5)
+            flat, forth, back = q.flatten(0, 1).T, 0, torch.full(q.shape[:2], math.inf, device=a.device)
+            for part in p.split(max(1, tile // flat.shape[1])):
+                distance = (part @ flat).view(len(part), len(q), P)
+                forth = forth + distance.amin(2).clamp(min=0).sum(0)
+                back = torch.minimum(back, distance.amin(0))
+            row.append(forth / len(p) + back.clamp(min=0).mean(1))
+        rows.append(torch.cat(row))
+    return torch.stack(rows).cpu()
+
+
+def coverage(between):
+    """between (S,R) from samples to references -> (S,): which reference is each sample's nearest.  COV is the
+    share of references named: to take it the other way round is a published slip."""
+    return between.argmin(1)
+
+
+def mmd(between):
+    """(S,R) -> (R,): from each reference to its nearest sample"""
+    return between.min(0).values
+
+
+def one_nna(within_a, between, within_b):
+    """(N,N), (N,N), (N,N) -> (2N,) bool: of each shape, is its nearest other of its own set?"""
+    everything = torch.cat([torch.cat([within_a, between], 1), torch.cat([between.T, within_b], 1)])
+    nearest_other = everything.fill_diagonal_(math.inf).argmin(1)
+    N = len(within_a)
+    return (nearest_other < N) == (torch.arange(2 * N) < N)
+
+
+def z_u(samples, unseen, weight_a=None, weight_b=None):
+    """Distances to the nearest training object, of samples (M,) and of unseen objects (N,) -> (T,): how many
+    deviations the samples' are larger than chance would have them"""
+    M, N = len(samples), len(unseen)
+    ones = lambda n: torch.ones(1, n, dtype=torch.float64)
+    larger = (samples[:, None] > unseen).double() + 0.5 * (samples[:, None] == unseen)
+    weight_a, weight_b = ones(M) if weight_a is None else weight_a, ones(N) if weight_b is None else weight_b
+    larger = (weight_a @ larger * weight_b).sum(1)
+    return (larger - M * N / 2) / math.sqrt(M * N * (M + N + 1) / 12)
+
+
+def copies(to_training):
+    """(S,T) -> (S,) bool: nearest under a third as far as the second nearest; squared distances want 1/9"""
+    first, second = to_training.topk(2, largest=False).values.T
+    return first < second / 3
+
+
+def mean_kernel(kernel, a, b, weight_a=None, weight_b=None):
+    """The mean of kernel(a_i, b_j) over pairs (of two different ones, where b is a), or for each of T
+    resamplings by how often each counts, (T,M) and (T,N)"""
+    weight_a = torch.ones(1, len(a), dtype=torch.float64) if weight_a is None else weight_a
+    values = kernel(a.double(), b.double())
+    if a is b:                                # one drawn twice is no pair with itself
+        values.fill_diagonal_(0)
+        pairs = weight_a.sum(1) ** 2 - weight_a.square().sum(1)
+        return (weight_a @ values * weight_a).sum(1) / pairs.clamp(min=1)
+    weight_b = torch.ones(1, len(b), dtype=torch.float64) if weight_b is None else weight_b
+    return (weight_a @ values * weight_b).sum(1) / (weight_a.sum(1) * weight_b.sum(1))
+
+
+def kernel_distance(kernel, a, b, weight_a=None, weight_b=None):
+    """(M,K), (N,K) -> (T,): the squared distance of the two distributions in the kernel's space, unbiased: by
+    chance a little below 0 where they are the same.  With -|x - y| it is the energy distance."""
+    within = mean_kernel(kernel, a, a, weight_a) + mean_kernel(kernel, b, b, weight_b)
+    return within - 2 * mean_kernel(kernel, a, b, weight_a, weight_b)
+
+
+def cubic(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def minus_distance(x, y):
+    return -torch.cdist(x, y)
+
+
+def resampled(count, config, salt):
+    """(T,count): how often each of `count` objects is drawn, in each of T bootstrap resamplings"""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + salt)
+    drawn = torch.randint(count, (config.bootstrap, count), generator=generator)
+    return torch.zeros(config.bootstrap, count, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+
+def see_volumes(model, latents, config):
+    """latents (N,...) -> the same of volumes: pictures (N,4,H,W,3) bytes, points (N,P,3)"""
+    origins, directions = rays_around()
+    pictures, points = [], []
+    for latent in latents.split(32):
+        rgb, alpha, depth, _ = render_views(model, latent, cameras(AROUND), PIXELS, batch=2)
+        pictures.append((rgb[:, :4].clamp(0, 1) * 255).round().byte())
+        points += [cloud(origins, directions, d, a > 0.5, config.points)
+                   for a, d in zip(alpha.flatten(2), depth.flatten(2))]
+    return {"rgb": torch.cat(pictures), "points": torch.stack(points), "latents": latents}
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+def judge(some, fresh, held, training, cells, config):
+    """One row of all tables: {number: (value, itself in each resampling)}, of what is defined for it"""
+    row, salt = {}, iter(range(100))
+    again = lambda what: resampled(len(what), config, next(salt))
+
+    def share(name, hits):
+        row[name] = hits.double().mean().item(), again(hits) @ hits.double() / len(hits)
+
+    def apart(name, statistic, a, b):
+        weights = again(a), resampled(len(b), config, 1000)         # of the fresh objects always the same
+        row[name] = statistic(a, b).item(), statistic(a, b, *weights)
+
+    if "points" in some and some is not fresh:
+        for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)):
+            if other is not some:
+                N = min(len(some["points"]), len(other["points"]))
+                a, b = some["points"][:N], other["points"][:N]
+                share(name, one_nna(chamfer(a, a), chamfer(a, b), chamfer(b, b)))
+        N = min(len(some["points"]), len(fresh["points"]))
+        between = chamfer(some["points"][:N], fresh["points"][:N])
+        named, near = coverage(between), mmd(between).double()
+        weight = again(named)
+        row["COV"] = len(named.unique()) / N, torch.tensor([len(named[w > 0].unique()) / N for w in weight])
+        row["MMD"] = near.mean().item(), weight @ near / N
+    if "features" in some:
+        apart("to photos", functools.partial(kernel_distance, cubic), some["features"], fresh["features"])
+        if some is not held and "latents" in some:
+            apart("to reconstructions", functools.partial(kernel_distance, cubic), some["features"],
+                  held["features"])
+    if "labels" in some:
+        cell = cell_of(some["labels"])
+        new = ~torch.isin(cell, torch.tensor(cells))
+        row["training cells"] = len(cell[~new].unique()) / len(cells), None
+        row["other cells"] = len(cell[new].unique()) / (len(CELLS) - len(cells)), None
+        share("in other cells", new)
+    if "latents" in some:
+        latent, shape = some["to training"], some["shape to training"]
+        row["d1"] = latent[:, 0].mean().item(), again(latent) @ latent[:, 0].double() / len(latent)
+        share("copies", copies(latent))
+        share("copies, shapes", copies(shape))
+        row["closest two of 64"] = torch.pdist(some["latents"][:64].flatten(1)).min().item(), None
+        if some is not held:
+            apart("Z_U", z_u, latent[:, 0], held["to training"][:, 0])
+            apart("Z_U, shapes", z_u, shape[:, 0], held["shape to training"][:, 0])
+            apart("pixels", functools.partial(kernel_distance, minus_distance), pixels(some), pixels(held))
+    return row
+
+
+def pixels(some):
+    """(N,4,H,W,3) bytes -> (N,K): half as large, to compare as they are"""
+    small = F.avg_pool2d(some["rgb"].flatten(0, 1).permute(0, 3, 1, 2) / 255, 2)
+    return small.reshape(len(some["rgb"]), -1)
+
+
+def rivals(model, denoiser, config, device):
+    """-> {name: latents (N,...)}: ours and the controls"""
+    generator, count = torch.Generator().manual_seed(config.seed), config.count
+    seeds, training = range(config.seed, config.seed + count), latents_of(model, model.codes)
+    draw = lambda denoiser: torch.cat([draw_samples(denoiser, seeds[k:k + 64]) for k in range(0, count, 64)])
+    sets = {"ours": draw(denoiser)}
+    if config.controls:
+        sets |= {"mixtures of codes": latents_of(model, code_mixtures(model.codes, count, generator)),
+                 "Gaussian of codes": latents_of(model, gaussian(model.codes, count, generator)),
+                 "Gaussian of latents": gaussian(training, count, generator)}
+        if Path(config.shuffled, "last.pt").exists():
+            other, trained_on = load_denoiser(config.shuffled, device)
+            if trained_on["fingerprint"] == fingerprint(model):
+                sets["shuffled latents"] = draw(other)
+    return sets | {"training objects": training}
 
 
 def gaussian(points, count, generator):
@@ -51,78 +265,206 @@ def gaussian(points, count, generator):
     return mean + (weight @ (points - mean).flatten(1)).view(count, *points.shape[1:])
 
 
-def pictures(model, latents, size=32):
-    """-> (B,V*H*W*3): the views to compare by"""
-    return render_views(model, latents, cameras(ANGLES), size)[0].flatten(1)
-
-
-def energy_distance(a, b, weight=None):
-    """(M,K), (N,K), and how often each of b counts (..., N) -> (...)"""
-    weight = torch.ones(1, len(b)) if weight is None else weight
-    share = weight / weight.sum(-1, keepdim=True)                                  # (T,N)
-    among = torch.cdist(b, b)
-    within_a = torch.cdist(a, a).sum() / (len(a) * (len(a) - 1))
-    # pairs of b of different draws: an object drawn twice is one pair too many at distance 0
-    pairs = (weight @ among * weight).sum(-1)
-    within_b = pairs / (weight.sum(-1) ** 2 - weight.square().sum(-1)).clamp(min=1)
-    return 2 * share @ torch.cdist(a, b).mean(0) - within_a - within_b
-
-
-def fresh_codes(config, model, device):
-    """Fitted once, kept in --out for the next time."""
-    photos = Photos(config.data, model.config.size, config.objects)
-    run = Run(config.out, config, ("data", "objects"), name="fresh.json")
-    run.lock.close()
-    file = run.folder / "fresh.pt"
-    if file.exists() and load_checkpoint(file)["fingerprint"] == fingerprint(model):
-        return load_checkpoint(file)["codes"].to(device)
-    views = photos.rgb.shape[1]
-    print(f"fitting the codes of {len(photos.names)} fresh objects to {views} photos each, once")
-    codes = fit_codes(model, photos, torch.arange(views), Stage1(), device)
+def held_out_codes(model, config, unseen, device):
+    """Codes of unseen objects, fitted to eight photos of each; where there are no fresh ones (real data) of
+    those in --data.  Fitted once for a model, and kept."""
+    if unseen:
+        N = len(unseen["rgb"])
+        poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
+        K = intrinsics_at(PIXELS, 131.25).float().expand(N, 3, 3)
+        photos = Photos(unseen["rgb"], unseen["mask"], poses, K, [f"fresh_{k}" for k in range(N)])
+    else:
+        photos = read_photos(config.data, model.config.size, config.fits)
+    N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
+    file = Path(config.fresh, f"fits_{fingerprint(model):.4f}.pt")
+    if file.exists() and len(load_checkpoint(file)) >= N:
+        return load_checkpoint(file)[:N].to(device)
+    print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
+    codes = fit_codes(model, photos, views, Stage1(), device)
     with atomic_file(file) as temporary:
-        torch.save({"codes": codes.cpu(), "fingerprint": fingerprint(model)}, temporary)
+        torch.save(codes.cpu(), temporary)
     return codes
 
 
+RECONSTRUCTION = ("PSNR, dB", "foreground", "white", "its foreground", "mean photo", "its foreground",
+                  "deviation over objects", "worst three")
+
+
+def reconstruction_rows(model, names, config, device):
+    """Held-out views of training objects, and of unseen objects known from 1, 2 and 8 photos, where there are
+    photos -> rows of a table"""
+    def row(what, photos, codes, views, white):
+        rows = measure(model, codes, photos, range(len(codes)), views, device, white)
+        each = [mean_of([r for r in rows if r["object"] == o], "ours") for o in range(len(codes))]
+        worst = sorted(range(len(codes)), key=each.__getitem__)[:3]
+        numbers = [mean_of(rows, key) for key in ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg")]
+        return [what, *(f"{number:.2f}" for number in (*numbers, torch.tensor(each).std().item())),
+                ", ".join(f"{photos.names[o]} {each[o]:.1f}" for o in worst)]
+
+    rows, size = [], model.config.size
+    if Path(model.config.data).is_dir():
+        photos = read_photos(model.config.data, size, len(names))
+        taught = photos.rgb.shape[1] - model.config.holdout_views
+        if photos.names == names:
+            rows.append(row(f"{len(names)} training objects, held-out views", photos, model.codes,
+                            range(taught, photos.rgb.shape[1]), mean_photo(photos, torch.arange(taught))))
+    if Path(config.data).is_dir():
+        photos = read_photos(config.data, size, config.reconstructions)
+        count = photos.rgb.shape[1]
+        for given in (1, 2, 8):
+            if given < count:
+                codes = fit_codes(model, photos, torch.arange(given), Stage1(), device)
+                rows.append(row(f"{len(codes)} unseen objects from {given} photos", photos, codes,
+                                range(max(given, count - 8), count), mean_photo(photos, torch.arange(count))))
+    return rows
+
+
+TABLES = {
+    "Generation": ("1-NNA", "1-NNA, decoded", "COV", "MMD", "to photos", "to reconstructions", "pixels"),
+    "Further from fresh objects than ours": ("to photos", "to reconstructions", "pixels"),
+    "Memorisation": ("d1", "copies", "Z_U", "copies, shapes", "Z_U, shapes", "closest two of 64"),
+    "Factors": ("training cells", "other cells", "in other cells")}
+PERCENT = ("1-NNA", "1-NNA, decoded", "COV", "copies", "copies, shapes", "training cells", "other cells", "in other cells")
+
+
+def compared(rows):
+    """{row: {number: (value, resamplings)}} -> the same of the differences from ours: fresh objects are drawn
+    alike for all rows, and what they share in luck cancels"""
+    ours = rows["ours"]
+    return {name: {key: (row[key][0] - ours[key][0], row[key][1] - ours[key][1])
+                   for key in ("to photos", "to reconstructions", "pixels") if key in row and key in ours}
+            for name, row in rows.items() if row is not ours}
+
+
+def with_deviation(rows):
+    return {name: {key: (value, None if again is None else again.std().item())
+                   for key, (value, again) in row.items()} for name, row in rows.items()}
+
+
+def shown(name, number):
+    """(value, deviation or None) or None, as it stands in a table"""
+    if number is None:
+        return "-"
+    scale = 100 if name in PERCENT else 1000 if name == "MMD" else 1
+    digits = 1 if scale == 100 or name in ("d1", "closest two of 64") else 2
+    value, deviation = number
+    if abs(value) > 1e4:                                           # noise, by the distance of pictures
+        return f"{value:.0e}"
+    text = f"{scale * value:.{digits}f}"
+    return text if deviation is None else f"{text} +- {scale * deviation:.{digits}f}"
+
+
+def markdown(title, head, rows):
+    lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def plot_rows(rows, path):
+    """The headline numbers, each row a point with twice its deviation"""
+    names = [name for name in ("1-NNA, decoded", "Z_U, shapes", "to photos", "to reconstructions")
+             if any(name in row for row in rows.values())]
+    figure, axes = new_figure(1, len(names), figsize=(3 * len(names), 3.2), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for k, row in enumerate(rows.values()):
+            if name in row:
+                value, deviation = row[name]
+                axis.errorbar(value, -k, xerr=2 * deviation, fmt="o", ms=4, color="C3" if k == 0 else "C0")
+        axis.axvline(0.5 if "1-NNA" in name else 0, color="grey", lw=0.7)
+        axis.set_title(name)
+        if name.startswith("to"):
+            axis.set_xscale("symlog", linthresh=1)
+    axes[0, 0].set_yticks([-k for k in range(len(rows))], list(rows))
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+def read_sets(reader, sets, fresh, control, cells):
+    """Adds features and factors to each set, and the sets by which to check the distance of pictures -> how
+    well the reader reads"""
+    noise = torch.randint(256, fresh["rgb"][:, :4].shape, generator=torch.Generator().manual_seed(0)).byte()
+    sets["fresh objects"] = {"rgb": control["rgb"], "points": control["points"]}
+    sets["fresh objects, blurred"] = {"rgb": blurred(control["rgb"][:, :4].float(), 8).byte()}
+    sets["noise"] = {"rgb": noise}
+    for some in (fresh, *sets.values()):
+        features, some["labels"] = read(reader, some["rgb"][:, :4])
+        if some is fresh:
+            mean, deviation = features.mean(0), features.std(0) + 1e-6
+        some["features"] = (features - mean) / deviation
+    del sets["fresh objects, blurred"]["labels"], sets["noise"]["labels"]
+    right = fresh["labels"] == fresh["true labels"]
+    inside = torch.isin(cell_of(sets["training objects"]["labels"]), torch.tensor(cells)).double().mean()
+    each = ", ".join(f"{name} {share:.1%}" for name, share in zip(FACTORS, right.double().mean(0).tolist()))
+    return (f"The reader, on photos of fresh objects: {each}, all three {right.all(1).double().mean():.1%} "
+            f"right. Of the training objects' reconstructions it puts {inside:.1%} into cells of training "
+            "objects, where all of them belong.\n")
+
+
 def main(argv=None):
-    config = parse_config(Config, argv=argv)
-    if config.count < 4:
-        raise UserError(f"--count {config.count}: at least 4 samples are wanted to compare")
+    config = parse_config(Config, PRESETS, argv)
+    for name, least in (("count", 4), ("points", 1), ("fits", 4), ("readings", 32), ("reader_steps", 1),
+                        ("reconstructions", 0), ("bootstrap", 2)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
     device = pick_device(config.device)
-    model, _, denoiser = load_models(config, device)
-    training = latents_of(model, model.codes)
-    fresh = pictures(model, latents_of(model, fresh_codes(config, model, device)))
-    generator = torch.Generator().manual_seed(config.seed)
-    sets = {
-        "ours": draw_samples(denoiser, range(config.seed, config.seed + config.count)),
-        "mixtures of codes": latents_of(model, code_mixtures(model.codes, config.count, generator)),
-        "Gaussian of codes": latents_of(model, gaussian(model.codes, config.count, generator)),
-        "Gaussian of latents": gaussian(training, config.count, generator),
-        "training objects": training}
-    drawn = torch.randint(len(fresh), (config.resamplings, len(fresh)), generator=generator)
-    weight = torch.zeros(config.resamplings, len(fresh)).scatter_add_(1, drawn, torch.ones(drawn.shape))
-    rows, resampled = {}, {}
+    model, names, denoiser = load_models(config, device)
+    cells, count, unseen = training_cells(names, model.config.data), config.count, None
+    if cells:
+        # Three sets of fresh objects: to compare with, to be compared, and to fit codes to (the first, so
+        # that they are the same for any count)
+        n = config.fits
+        run = Run(config.fresh, config, ("seed", "readings", "reader_steps"), name="fresh.json")
+        run.lock.close()                   # two evaluations may share it: they make the same, file by file
+        reader = train_reader(config, run, device)
+        every = see_objects(run.folder / "fresh.pt", "fresh", n + 2 * count, config, 8, config.points, run)
+        fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
+                                  for a, b in ((n, n + count), (n + count, None), (0, n)))
+
+    sets = rivals(model, denoiser, config, device)
+    sets["held-out objects"] = latents_of(model, held_out_codes(model, config, unseen, device))
     for name, latents in sets.items():
-        views = pictures(model, latents)
-        resampled[name] = energy_distance(views, fresh, weight)
-        more = resampled[name] - resampled["ours"]
-        distance, _ = nearest(latents, training, itself=latents is training)
-        rows[name] = {"distance": energy_distance(views, fresh).item(),
-                      "deviation": resampled[name].std().item(),
-                      "more_than_ours": more.mean().item(), "its_deviation": more.std().item(),
-                      "d1": distance[:, 0].mean().item(),
-                      "copies": (distance[:, 0] < distance[:, 1] / 3).float().mean().item()}
-    title = f"to {len(fresh)} fresh objects"
-    text = [f"{title:<22} {'energy distance':>18} {'more than ours':>18} {'d1':>8} {'copies':>8}"]
-    for name, row in rows.items():
-        distance, sd, more, its_sd, d1, copies = row.values()
-        text.append(f"{name:<22} {distance:>9.3f} +- {sd:.3f} {more:>9.3f} +- {its_sd:.3f} {d1:>8.1f} "
-                    f"{copies:>8.3f}")
-    print("\n".join(text))
-    for file, content in (("table.txt", "\n".join(text) + "\n"),
-                          ("table.json", json.dumps({"config": asdict(config), "rows": rows}, indent=1))):
-        with atomic_file(Path(config.out) / file) as temporary:
+        print(f"seeing {len(latents)} of {name}", flush=True)
+        sets[name] = see_volumes(model, latents, config)
+    training, held = sets["training objects"], sets["held-out objects"]
+    for some in sets.values():
+        shape = chamfer(some["points"], training["points"]).sqrt()
+        shape = shape.fill_diagonal_(math.inf) if some is training else shape
+        some["shape to training"] = shape.sort(1).values
+        some["to training"] = nearest(some["latents"], training["latents"], some is training)[0].cpu()
+    if cells:
+        remark = read_sets(reader, sets, fresh, control, cells)
+    else:
+        fresh, remark = held, ("The training objects are not those of earphones.py: what needs fresh objects "
+                               "is not defined. Shapes are compared with the held-out ones', as the decoder "
+                               "shows them.\n")
+    rows = {name: judge(some, fresh, held, training, cells, config) for name, some in sets.items()}
+    more, rows = with_deviation(compared(rows)), with_deviation(rows)
+
+    text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} "
+            f"held-out ones with fitted codes; +- is a deviation ({config.bootstrap} resamplings).\n", remark]
+    for title, columns in TABLES.items():
+        lines = [[name, *(shown(column, row.get(column)) for column in columns)]
+                 for name, row in (more if "ours" in title else rows).items() if row.keys() & set(columns)]
+        text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
+    if config.reconstructions:
+        text.append(markdown("Reconstruction", ("", *RECONSTRUCTION),
+                             reconstruction_rows(model, names, config, device)))
+    print("\n" + "\n".join(text))
+
+    out = Path(config.out)
+    for file, content in (("tables.md", "\n".join(text)),
+                          ("tables.json", json.dumps({"config": asdict(config), "rows": rows, "more": more},
+                                                     indent=1))):
+        with atomic_file(out / file) as temporary:
             temporary.write_text(content)
+    plot_rows(rows, out / "figure.png")
+    few = {name: render_views(model, sets[name]["latents"][:most], cameras(ANGLES), 64)
+           for name, most in (("ours", 16), ("training objects", len(names)))}
+    measured = measure_samples(sets["ours"]["latents"][:16], training["latents"], few["ours"])
+    seeds = range(config.seed, config.seed + 16)
+    save_picture(out / "nearest.png",
+                 contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
+    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png")
 
 
 if __name__ == "__main__":

@@ -35,16 +35,16 @@ from PIL import Image, ImageDraw
 
 from autodecoder import (build_autodecoder, depth_picture, kinds_of, largest_piece, load_autodecoder,
                          voxel_opacity)
-from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, parse_config, pick_device,
-                    save_picture)
-from diffusion import build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
+from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, load_stage, parse_config,
+                    pick_device, save_picture)
+from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
 from render_shapenet import camera_to_world_at, intrinsics_at, write_intrinsics, write_view
 from volume_render import camera_rays, occupancy, render
 
 
 @dataclass
 class Config:
-    diffusion: str = "runs/diffusion"    # stage 2's folder
+    diffusion: str = "runs/diffusion"    # stage 2's folder, or a file that --pack wrote
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     out: str = "samples"                 # folder for the sheet, the views and the report
     count: int = 8                       # how many samples
@@ -54,6 +54,7 @@ class Config:
     size: int = 128                      # pixels along a side of those views
     elevation: float = 20.0              # degrees: the turn's height
     batch: int = 64                      # samples denoised at a time: memory, not the result
+    pack: str = ""                       # a file: write both trained models to it, and draw nothing
     device: str = "auto"                 # auto, cpu or cuda
 
 
@@ -64,11 +65,13 @@ SIZE = 64                                                # pixels of those views
 
 def load_models(config, device):
     """-> autodecoder, its objects' names, denoiser: of the user's own runs or, without any, from the box"""
+    if Path(config.diffusion).is_file():
+        print(f"sampling from {config.diffusion}")
+        return unpack(config.diffusion, device)
     own = Path(config.diffusion, "last.pt").exists()
     if not own and config.diffusion == Config.diffusion and PRETRAINED.exists():
-        state = load_checkpoint(PRETRAINED)
         print(f"nothing is in {config.diffusion} yet: sampling from the model in the box, {PRETRAINED.name}")
-        return *build_autodecoder(state["autodecoder"], device), build_denoiser(state["diffusion"], device)[0]
+        return unpack(PRETRAINED, device)
     if not own and not Path("runs/autodecoder").exists():
         raise UserError(f"nothing is trained yet: {config.diffusion}/last.pt is not there. "
                         "Run: python autodecoder.py, then python diffusion.py")
@@ -99,6 +102,29 @@ def render_views(model, latents, poses, size, batch=8):
         rgb, alpha, depth = (picture.view(*shape, *picture.shape[2:]) for picture in pictures)
         parts.append((rgb, alpha, depth, voxel_opacity(model, volume) > 0.5))
     return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
+
+
+def pack(config):
+    """Both trained models in one file, large tensors in half precision: what pretrained/ holds"""
+    second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py")
+    folder = config.autodecoder or second["config"]["autodecoder"]
+    first = load_stage(folder, "stage 1's model", "autodecoder.py")
+    small = lambda tensors: {name: t.half() if t.numel() > 10_000 else t for name, t in tensors.items()}
+    network = small(averaged(second))
+    rest = {name: t for name, t in second["denoiser"].items() if not name.startswith("network.")}
+    rest = small(rest) | {f"network.{name}": t for name, t in network.items()}
+    kept = {key: second[key] for key in ("config", "shape", "components", "planes", "autodecoder")}
+    known = {"config": first["config"], "names": first["names"], "model": small(first["model"])}
+    state = {"autodecoder": known,
+             "diffusion": kept | {"denoiser": rest, "ema": network, "best": {"ema": None}}}
+    with atomic_file(config.pack) as temporary:
+        torch.save(state, temporary)
+    print(f"wrote {config.pack}: {Path(config.pack).stat().st_size / 1e6:.1f} MB")
+
+
+def unpack(file, device):
+    state = load_checkpoint(file)
+    return *build_autodecoder(state["autodecoder"], device), build_denoiser(state["diffusion"], device)[0]
 
 
 def cameras(angles):
@@ -206,6 +232,14 @@ def contact_sheet(views, rows, seeds, trained, names):
     return np.asarray(sheet)
 
 
+def beside(rgb, seeds, device):
+    """First views of some samples of ours (B,H,W,3), and in a second row those of the model in the box"""
+    model, _, denoiser = unpack(PRETRAINED, device)
+    theirs = render_views(model, sample(denoiser, seeds), cameras(ANGLES[:1]), SIZE)[0][:, 0]
+    both = (torch.cat([rgb, theirs]).clamp(0, 1) * 255).round().byte()
+    return grid(both.repeat_interleave(2, 1).repeat_interleave(2, 2), len(rgb))
+
+
 def write_sample(folder, model, latent, config):
     """One sample's views, on a turn around it, in the SRN layout, and its mesh"""
     from export import write_mesh                                  # which imports this file
@@ -226,6 +260,8 @@ def main(argv=None):
     for name, least in (("count", 1), ("steps", 0), ("views", 0), ("size", 1), ("batch", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
+    if config.pack:
+        return pack(config)
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
     seeds = range(config.seed, config.seed + config.count)
@@ -267,6 +303,8 @@ def main(argv=None):
         temporary.write_text(text + "\n")
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps({"config": asdict(config), "names": names, "rows": rows}))
+    if PRETRAINED.exists() and Path(config.diffusion, "last.pt").exists():
+        save_picture(out / "beside.png", beside(views["samples"][0][:8, 0], seeds[:8], device))
     for k, latent in enumerate(latents) if config.views else ():
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
         if k == 0:                         # the paper's Figure 3: a new object from cameras all around it

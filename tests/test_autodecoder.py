@@ -105,7 +105,7 @@ def test_planes_summed_into_a_volume_are_planes():
 def test_batches_are_the_photos(data):
     """Each ray of a batch, sent through the whole-photo rays, is the pixel that it claims to be; half are
     near the object."""
-    photos = stage.Photos(data / "earphones_train", 32)
+    photos = stage.read_photos(data / "earphones_train", 32)
     config = replace(stage.Config(), rays=400, batch_objects=2)
     views = torch.arange(4)
     generator = torch.Generator().manual_seed(0)
@@ -224,7 +224,7 @@ def test_fit_recovers_a_known_code(data):
                      precision="float32")
     model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
     model.codes *= 30                               # an untrained decoder, driven hard, makes coloured clouds
-    photos = stage.Photos(data / "earphones_train", 32, 1)
+    photos = stage.read_photos(data / "earphones_train", 32, 1)
     volume = model.to_volume(model.to_latent((0.2 * model.codes[0] + 0.8 * model.codes[1])[None]))
     for v in range(6):
         rgb, alpha, _ = stage.render_view(model, volume, photos.pose[0, v], photos.intrinsics[0], 32)

@@ -1,41 +1,136 @@
-"""The comparison with fresh objects: its distance by brute force, its identities, and a run of it all."""
+"""Each metric by brute force and by its identities; whole runs repeat, and say what is missing."""
 import json
+import math
 
 import pytest
 import torch
 
 import diffusion
 import evaluate as stage
+import fresh
+import sweep
 from common import UserError
+from conftest import train
 
 
-def brute(a, b):
-    mean = lambda pairs: sum(pairs) / len(pairs)
-    between = mean([(x - y).norm().item() for x in a for y in b])
-    others = lambda s: [(i, j) for i in range(len(s)) for j in range(len(s)) if i != j]
-    within = lambda s: mean([(s[i] - s[j]).norm().item() for i, j in others(s)])
-    return 2 * between - within(a) - within(b)
+def clouds(count, points=20, seed=0, shift=0.0):
+    return torch.rand(count, points, 3, generator=torch.Generator().manual_seed(seed)) - 0.5 + shift
 
 
-def test_energy_distance_is_its_formula():
+def brute_chamfer(a, b):
+    """By ten plain lines"""
+    result = torch.zeros(len(a), len(b))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            there = sum(min(((p - q) ** 2).sum().item() for q in y) for p in x) / len(x)
+            back = sum(min(((p - q) ** 2).sum().item() for p in x) for q in y) / len(y)
+            result[i, j] = there + back
+    return result
+
+
+def brute_one_nna(a, b):
+    right, both = 0, [(x, 0) for x in a] + [(y, 1) for y in b]
+    for i, (x, label) in enumerate(both):
+        others = [(brute_chamfer(x[None], y[None]).item(), its) for j, (y, its) in enumerate(both) if j != i]
+        right += min(others)[1] == label
+    return right / len(both)
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+def test_psnr_by_hand():
+    truth = torch.zeros(2, 2, 3)
+    assert stage.psnr(truth + 0.1, truth) == pytest.approx(20)
+    half = torch.tensor([[True, False], [False, False]])
+    assert stage.psnr(truth + 0.1 * half[..., None], truth, half) == pytest.approx(20)
+    assert stage.psnr(truth + 0.1 * half[..., None], truth) == pytest.approx(26.0206, abs=1e-3)
+
+
+@pytest.mark.parametrize("tile", [1 << 18, 50])
+def test_chamfer_is_its_formula(tile):
+    a, b = clouds(4), clouds(9, 15, seed=1)
+    assert (stage.chamfer(a, b, tile) - brute_chamfer(a, b)).abs().max() < 1e-6
+
+
+def test_coverage_mmd_and_one_nna_are_their_formulas():
+    a, b = clouds(6), clouds(6, seed=1, shift=0.05)
+    between = brute_chamfer(a, b)
+    assert (stage.mmd(stage.chamfer(a, b)) - between.min(0).values).abs().max() < 1e-6
+    named = {row.index(min(row)) for row in between.tolist()}
+    assert set(stage.coverage(stage.chamfer(a, b)).tolist()) == named
+    mine = stage.one_nna(stage.chamfer(a, a), stage.chamfer(a, b), stage.chamfer(b, b)).double().mean().item()
+    assert mine == pytest.approx(brute_one_nna(a, b))
+
+
+def test_identities_of_a_set_with_itself_and_with_its_other_half():
+    a = clouds(200, 8)
+    D = stage.chamfer(a, a)
+    assert len(stage.coverage(D).unique()) == 200 and stage.mmd(D).max() < 1e-6
+    assert not stage.one_nna(D, D, D).any()                         # the nearest is its copy in the other set
+    half = stage.one_nna(D[:100, :100], D[:100, 100:], D[100:, 100:]).double().mean()
+    assert 0.35 < half < 0.65
+    far = stage.chamfer(a[:100], a[100:] + 3)
+    assert stage.one_nna(D[:100, :100], far, D[100:, 100:]).all()
+
+
+def test_a_collapsed_generator_and_swapped_sets():
+    reference = clouds(10, 8)
+    same = clouds(1, 8, seed=5).expand(10, -1, -1)
+    assert len(stage.coverage(stage.chamfer(same, reference)).unique()) == 1
+    # Samples all near one reference: COV is 1 of 10; taken the other way round it would look better
+    near = reference[:1] + 0.001 * clouds(10, 8, seed=6)
+    D = stage.chamfer(near, reference)
+    assert len(stage.coverage(D).unique()) == 1 < len(stage.coverage(D.T).unique())
+
+
+def test_z_u_sees_copies_and_passes_fresh_draws():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randn(count, 6, generator=g)
+    training, unseen = draw(60), draw(200)
+    distance = lambda x: torch.cdist(x, training).min(1).values
+    copied = training[torch.randint(60, (200,), generator=g)] + 0.2 * draw(200)
+    assert stage.z_u(distance(copied), distance(unseen)).item() < -10
+    assert abs(stage.z_u(distance(draw(200)), distance(unseen)).item()) < 3
+    assert stage.z_u(distance(3 * draw(200)), distance(unseen)).item() > 3
+    # By hand: of 2 x 3 pairs the samples are larger in 1.5
+    value = stage.z_u(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
+    assert value.item() == pytest.approx((1.5 - 3) / math.sqrt(6 * 6 / 12))
+    # Weights of a resampling count as the objects repeated would
+    twice = stage.z_u(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0]),
+                      torch.tensor([[0, 2.0]]).double(), torch.tensor([[2.0, 0]]).double())
+    assert twice.item() == pytest.approx(stage.z_u(torch.tensor([3.0, 3]), torch.tensor([2.0, 2])).item())
+
+
+def test_copies_are_those_with_one_neighbour_far_nearer_than_the_next():
+    assert stage.copies(torch.tensor([[9.0, 1.0, 3.1], [1.0, 2.0, 9.0]])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kernel", [stage.cubic, stage.minus_distance])
+def test_kernel_distance_is_its_formula(kernel):
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(7, 5, generator=g), torch.randn(9, 5, generator=g) + 1
-    assert abs(stage.energy_distance(a, b).item() - brute(a, b)) < 1e-4
-    # an object drawn twice counts twice, and is no pair with itself
-    twice = torch.tensor([[2.0, 0, 1, 1, 0, 1, 1, 3, 0]])
-    far = (twice[0] / twice.sum()) @ torch.cdist(b, a).mean(1)
-    others = [(i, j) for i in range(9) for j in range(9) if i != j]
-    counts = [(twice[0, i] * twice[0, j]).item() for i, j in others]
-    within_b = sum(n * (b[i] - b[j]).norm().item() for n, (i, j) in zip(counts, others)) / sum(counts)
-    within_a = sum((x - y).norm().item() for x in a for y in a) / 42
-    assert abs(stage.energy_distance(a, b, twice).item() - (2 * far.item() - within_a - within_b)) < 1e-4
+    one = {stage.cubic: lambda x, y: (x @ y / 5 + 1).item() ** 3,
+           stage.minus_distance: lambda x, y: -(x - y).norm().item()}[kernel]
+    mean = lambda pairs: sum(pairs) / len(pairs)
+    within = lambda s: mean([one(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j])
+    brute = within(a) + within(b) - 2 * mean([one(x, y) for x in a for y in b])
+    assert stage.kernel_distance(kernel, a, b).item() == pytest.approx(brute, rel=1e-4)
+    # An object drawn twice counts twice, and is no pair with itself
+    times = torch.tensor([[2.0, 0, 1, 1, 0, 1, 1, 3, 0]]).double()
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    counts = [(times[0, i] * times[0, j]).item() for i, j in pairs]
+    within_b = sum(n * one(b[i], b[j]) for n, (i, j) in zip(counts, pairs)) / sum(counts)
+    between = sum(times[0, j].item() * one(x, b[j]) for x in a for j in range(9)) / (7 * 9)
+    mine = stage.kernel_distance(kernel, a, b, torch.ones(1, 7).double(), times).item()
+    assert mine == pytest.approx(within(a) + within_b - 2 * between, rel=1e-4)
 
 
-def test_energy_distance_tells_sets_apart():
+def test_kernel_distance_tells_sets_apart():
     g = torch.Generator().manual_seed(1)
     draw = lambda shift: torch.randn(300, 4, generator=g) + shift
-    same, apart = stage.energy_distance(draw(0), draw(0)), stage.energy_distance(draw(0), draw(0.7))
-    assert abs(same) < 0.05 and apart > 0.2
+    for kernel in (stage.cubic, stage.minus_distance):
+        assert abs(stage.kernel_distance(kernel, draw(0), draw(0))) < 0.1
+        assert stage.kernel_distance(kernel, draw(0), draw(0.7)) > 0.2
 
 
 def test_gaussian_has_the_points_mean_and_covariance():
@@ -46,17 +141,109 @@ def test_gaussian_has_the_points_mean_and_covariance():
     assert (drawn.flatten(1).T.cov() - points.flatten(1).T.cov()).abs().max() < 0.15
 
 
-def test_a_run_from_end_to_end(trained, data, tmp_path, capsys):
+# ------------------------------------------------------------------------------------------- fresh objects
+
+def test_points_of_a_mesh_lie_on_it_and_the_cameras_stand_all_around():
+    one = fresh.see_object("fresh", 3, 0, 4, 256)
+    points = torch.from_numpy(one["points"])
+    assert points.shape == (256, 3) and points.abs().max() < 0.5
+    again = fresh.see_object("fresh", 3, 0, 4, 128)
+    assert torch.equal(torch.from_numpy(again["points"]), points[:128])           # fewer are a part of more
+    # The fused points of a sphere: on its surface, and on every side of it
+    origins, directions = fresh.rays_around()
+    unit = directions / directions.norm(dim=-1, keepdim=True)
+    along = -(origins * unit).sum(-1)
+    gap = 0.3 ** 2 - (origins.square().sum(-1) - along ** 2)
+    depth = (along - gap.clamp(min=0).sqrt()) / directions.norm(dim=-1)
+    ball = fresh.cloud(origins, directions, depth, gap > 0, 2000)
+    assert (ball.norm(dim=1) - 0.3).abs().max() < 1e-5 and ball.mean(0).norm() < 0.02
+    assert torch.equal(fresh.cloud(origins, directions, depth, gap > 9, 5), torch.zeros(5, 3))
+
+
+def test_the_reader_learns_what_it_is_shown(tmp_path):
+    config = stage.Config(readings=6, reader_steps=60, fresh=str(tmp_path))
+    run = stage.Run(tmp_path, config, ("seed",))
+    reader = fresh.train_reader(config, run, torch.device("cpu"))
+    seen = fresh.see_objects(tmp_path / "readings.pt", "test", 78, config, 4, 0, run)
+    _, answers = fresh.read(reader, seen["rgb"][72:])
+    assert (answers == seen["true labels"][72:]).float().mean() > 0.9
+    again = fresh.train_reader(config, run, torch.device("cpu"))                  # from the file, the same
+    assert torch.equal(fresh.read(again, seen["rgb"])[1], fresh.read(reader, seen["rgb"])[1])
+    cells = fresh.training_cells(["train_00000", "train_00006"], tmp_path)
+    assert cells and fresh.training_cells(["train_00000", "1a2b3c"], tmp_path) is None
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope="module")
+def arguments(trained, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--device", "cpu",
-                    "--out", str(tmp_path / "diffusion")])
-    arguments = ["--diffusion", str(tmp_path / "diffusion"), "--data", str(data / "earphones_test"),
-                 "--count", "6", "--out", str(tmp_path / "out"), "--resamplings", "20"]
+                    "--out", str(folder / "diffusion")])
+    return ["--preset", "smoke", "--diffusion", str(folder / "diffusion"), "--fresh", str(folder / "fresh"),
+            "--data", str(data / "earphones_test"), "--out", str(folder / "out"), "--device", "cpu"]
+
+
+def test_a_run_repeats_to_the_last_digit(arguments, capsys):
     stage.main(arguments)
-    first = (tmp_path / "out/table.json").read_text()
+    out = stage.Path(arguments[arguments.index("--out") + 1])
+    first = (out / "tables.json").read_text()
     stage.main(arguments)
     said = capsys.readouterr().out
-    assert said.count("fitting the codes") == 1 and (tmp_path / "out/table.json").read_text() == first
+    assert said.count("fitting the codes") == 1 and (out / "tables.json").read_text() == first
     rows = json.loads(first)["rows"]
-    assert rows["ours"]["more_than_ours"] == 0 and rows["training objects"]["copies"] == 0
-    with pytest.raises(UserError, match="--count 2"):
+    assert {"ours", "mixtures of codes", "Gaussian of codes", "Gaussian of latents", "training objects",
+            "held-out objects", "fresh objects", "fresh objects, blurred", "noise"} == set(rows)
+    assert "Z_U" in rows["ours"] and "MMD" not in rows["noise"]
+    text = (out / "tables.md").read_text()
+    for heading in ("Generation", "Memorisation", "Factors", "Reconstruction", "unseen objects from 2"):
+        assert heading in text
+    assert (out / "figure.png").exists() and (out / "nearest.png").exists()
+
+
+def test_a_denoiser_of_shuffled_latents_becomes_a_control(arguments, trained, tmp_path):
+    diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--shuffle",
+                    "--device", "cpu", "--out", str(tmp_path / "shuffled")])
+    stage.main([*arguments, "--shuffled", str(tmp_path / "shuffled"), "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
+    assert "shuffled latents" in rows
+
+
+def test_without_fresh_objects_the_table_says_so(data, tmp_path):
+    for k, entry in enumerate(sorted((data / "earphones_train").iterdir())):
+        (tmp_path / "real/earphones_train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"real/earphones_train/model{k}").symlink_to(entry)
+    train(tmp_path / "real", tmp_path / "autodecoder")
+    diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(tmp_path / "autodecoder"),
+                    "--device", "cpu", "--out", str(tmp_path / "diffusion")])
+    stage.main(["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--device", "cpu",
+                "--data", str(data / "earphones_test"), "--out", str(tmp_path / "out"),
+                "--fresh", str(tmp_path / "fresh")])
+    text = (tmp_path / "out/tables.md").read_text()
+    assert "is not defined" in text and "to photos" in text and "noise" not in text
+
+
+def test_what_is_missing_or_too_little_is_one_sentence(arguments, tmp_path):
+    with pytest.raises(UserError, match="--count 2: at least 4"):
         stage.main([*arguments, "--count", "2"])
+    with pytest.raises(UserError, match="nothing.*/last.pt is not there|last.pt is not there"):
+        stage.main([*arguments, "--diffusion", str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match="was made with --seed 0, not 1"):
+        stage.main([*arguments, "--seed", "1"])
+
+
+def test_a_sweep_resumes_and_reports(arguments, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sweep.SWEEPS, "mix", [("0.0", {}, dict(mix=0.0)), ("0.5", {}, {})])
+    flags = ["mix", "--stages", "smoke", "--data", str(data), "--out", str(tmp_path), "--steps1", "4",
+             "--steps2", "4", "--count", "6", "--points", "64", "--fits", "4", "--device", "cpu", "--fresh",
+             arguments[arguments.index("--fresh") + 1]]
+    with pytest.raises(UserError, match="--hours 0 are over, 0 runs done"):
+        sweep.main([*flags, "--hours", "0"])
+    sweep.main(flags)
+    assert (tmp_path / "mix/table.md").read_text().count("\n| 0.") == 2
+    assert (tmp_path / "mix/figure.png").exists()
+    capsys.readouterr()
+    sweep.main(flags)                                                             # all is there already
+    assert "step" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="which sweep.*objects, normalization"):
+        sweep.main(["mixx"])

@@ -1,0 +1,196 @@
+"""
+Fresh objects, and a network that reads what they are: what evaluate.py compares with.
+
+The earphones are procedural, so there is no end of objects of the training objects' distribution that no
+training saw.  Each is seen by 20 cameras at the corners of a dodecahedron: photos by the first eight, and by
+all of them depth maps, fused into points on the visible surface.  Volumes are seen by the same cameras, so
+that inner faces and hidden seams count on neither side.
+
+The reader is a small convolutional network that names kind, palette, outline and colours from the first four
+photos: trained on objects of all cells of factors, those too that training objects never come from.
+
+in   nothing: objects are made here
+out  runs/fresh/     fresh.pt, readings.pt, reader.pt: made once, for any model; some minutes on two cores
+read see_object, cloud, Reader, train_reader.
+"""
+import json
+import math
+import multiprocessing
+import os
+import re
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import earphones
+from common import atomic_file, load_checkpoint
+from meshes import load_obj
+from render_shapenet import camera_to_world_at, intrinsics_at, rasterize, to_world, worker_setup
+from sample import cameras
+from volume_render import camera_rays
+
+PIXELS = 64
+# The corners of a dodecahedron, all around; the first four, by which to compare, and eight are far apart
+CORNERS = [(72 * k + 36 * (height > 0) + 17, height)
+           for height in (52.6, 10.8, -10.8, -52.6) for k in range(5)]
+FIRST = (6, 14, 0, 15, 18, 2, 3, 4)
+AROUND = [CORNERS[k] for k in (*FIRST, *(k for k in range(20) if k not in FIRST))]
+FACTORS = {"kind": earphones.KINDS, "palette": tuple(earphones.PALETTES), "part": earphones.PARTS}
+CELLS = [(a, b, c) for a in range(4) for b in range(7) for c in range(3)]
+UNSEEN = torch.tensor([earphones.held_out(earphones.KINDS[a], FACTORS["palette"][b], earphones.PARTS[c])
+                       for a, b, c in CELLS])
+
+
+# ----------------------------------------------------------------------------------------- seeing objects
+
+def cloud(origins, directions, depth, seen, count):
+    """Rays (V,R,3), their depths and whether they hit (V,R) -> (count,3): points spread over what is seen,
+    the same whenever asked; all in the middle if nothing is seen"""
+    points = (origins + depth[..., None] * directions)[seen]
+    if not len(points):
+        return torch.zeros(count, 3)
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    return points[order.repeat(-(-count // len(points)))[:count]]
+
+
+def rays_around(count=len(AROUND)):
+    return camera_rays(cameras(AROUND[:count]), intrinsics_at(PIXELS, 131.25).float(), PIXELS)
+
+
+def labels(factors):
+    return torch.tensor([values.index(factors[key]) for key, values in FACTORS.items()])
+
+
+def see_object(split, index, seed, views, points):
+    """One procedural object, from factors to pictures and points: what each worker process does"""
+    factors = earphones.draw_factors(split, index, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        earphones.write_model(Path(folder), factors)
+        mesh, _ = to_world(load_obj(Path(folder, "models/model_normalized.obj")))
+    K, seen = intrinsics_at(PIXELS, 131.25), []
+    for azimuth, elevation in AROUND if points else AROUND[:views]:
+        seen.append(rasterize(mesh, camera_to_world_at(azimuth, elevation, 1.3), K, PIXELS, 2))
+    rgb, coverage_, depth = (torch.stack(some) for some in zip(*seen))
+    hit = depth.isfinite().flatten(1)
+    one = {"rgb": (rgb[:views] * 255).round().byte(), "mask": (coverage_[:views] * 255).round().byte(),
+           "points": cloud(*rays_around(), depth.flatten(1), hit, points) if points else torch.zeros(0, 3),
+           "true labels": labels(factors),
+           "colours": torch.tensor(factors["body"] + factors["pad"] + factors["accent"])}
+    return {key: value.numpy() for key, value in one.items()}
+
+
+def see_objects(file, split, count, config, views, points, run):
+    """The same of `count` objects of a split, by all cores, kept in a file for the next time"""
+    if file.exists():
+        kept = load_checkpoint(file)
+        if len(kept["rgb"]) >= count and kept["points"].shape[1] >= points:
+            kept["points"] = kept["points"][:, :points]
+            return {key: value[:count] for key, value in kept.items()}
+    work = [(split, index, config.seed, views, points) for index in range(count)]
+    rows, workers = [], min(os.cpu_count(), count)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
+    try:
+        for one in pool.map(see_object, *zip(*work), chunksize=4):
+            rows.append(one)
+            run.progress(f"{split} objects", len(rows), count)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    seen = {key: torch.stack([torch.from_numpy(one[key]) for one in rows]) for key in rows[0]}
+    with atomic_file(file) as temporary:
+        torch.save(seen, temporary)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------- reading the factors
+
+class Reader(nn.Module):
+    """Four pictures of an object -> what it is: kind, palette, outline and its three colours.  What lies
+    before the last layer are the features that pictures are compared by."""
+
+    def __init__(self, features=128):
+        super().__init__()
+        widths = (3, 32, 64, 128, 128)
+        self.trunk = nn.Sequential(*[nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU())
+                                     for a, b in zip(widths, widths[1:])])         # 64 -> 4 pixels a side
+        self.join = nn.Linear(4 * 128 * 4, features)
+        self.answer = nn.Linear(features, 4 + 7 + 3 + 9)
+
+    def features(self, rgb):
+        """(B,4,H,W,3) in [0, 1] -> (B,128)"""
+        x = self.trunk(rgb.flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1)
+        return F.silu(self.join(F.avg_pool2d(x, 2).reshape(len(rgb), -1)))
+
+    def forward(self, rgb):
+        return self.answer(self.features(rgb)).split((4, 7, 3, 9), 1)
+
+
+def blurred(rgb, side):
+    """(B,4,H,W,3): as if seen by so few pixels"""
+    x = rgb.flatten(0, 1).permute(0, 3, 1, 2)
+    x = F.interpolate(F.interpolate(x, size=(side, side), mode="bilinear", antialias=True), size=x.shape[-2:],
+                      mode="bilinear")
+    return x.permute(0, 2, 3, 1).reshape(rgb.shape)
+
+
+def train_reader(config, run, device):
+    """Trained on photos, now sharp, now blurred: it must read renderings, which are blurred, by the object"""
+    file = run.folder / "reader.pt"
+    torch.manual_seed(config.seed)
+    reader = Reader().to(device)
+    if file.exists():
+        reader.load_state_dict(load_checkpoint(file))
+        return reader.eval().requires_grad_(False)
+    # The test split holds objects of every cell; the first of it are those of stage 0's test folder
+    seen = see_objects(run.folder / "readings.pt", "test", config.readings + 72, config, 4, 0, run)
+    rgb, labels, colours = (seen[key][72:].to(device) for key in ("rgb", "true labels", "colours"))
+    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
+    for step in range(config.reader_steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / config.reader_steps))
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        chosen = torch.randint(len(rgb), (16,), generator=generator)
+        side = int(torch.randint(14, PIXELS + 1, (), generator=generator))
+        pictures = blurred(rgb[chosen].float() / 255, side)
+        pictures = pictures.roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (2, 3))
+        *factors, colour = reader(pictures)
+        loss = 20 * F.mse_loss(colour, colours[chosen].float())
+        for k, logits in enumerate(factors):
+            loss = loss + F.cross_entropy(logits, labels[chosen, k])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.progress("reader", step + 1, config.reader_steps, f"loss {loss.item():.3f}")
+    with atomic_file(file) as temporary:
+        torch.save(reader.state_dict(), temporary)
+    return reader.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read(reader, rgb):
+    """(N,4,H,W,3) bytes -> features (N,128), and kind, palette and outline (N,3) as it reads them"""
+    device = next(reader.parameters()).device
+    features = [reader.features(part.to(device).float() / 255) for part in rgb.split(64)]
+    answers = [torch.stack([logits.argmax(1) for logits in reader.answer(some).split((4, 7, 3, 9), 1)[:3]], 1)
+               for some in features]
+    return torch.cat(features).cpu(), torch.cat(answers).cpu()
+
+
+def cell_of(labels):
+    """(N,3) -> (N,): which of the 84 cells"""
+    return (labels * torch.tensor([21, 3, 1])).sum(1)
+
+
+def training_cells(names, folder):
+    """The cells of the training objects, by their factors; None if they are not this course's earphones"""
+    found = [re.fullmatch(r"train_(\d{5})", name) for name in names]
+    if not all(found):
+        return None
+    cells = []
+    for name, match in zip(names, found):
+        file = Path(folder, name, "factors.json")
+        f = json.loads(file.read_text()) if file.exists() else earphones.draw_factors("train", int(match[1]))
+        cells.append(cell_of(labels(f)[None]).item())
+    return sorted(set(cells))

@@ -1,0 +1,135 @@
+"""
+Many small runs: what does each choice change?  Every run is stages 1 and 2 at a size that two cores do in
+minutes, and evaluate.py's numbers; a figure and a table are made of what is done.
+
+    objects         8, 32, 72, 256 training objects: when does it stop copying?
+    normalization   none, mean-std, robust global, robust per channel: of the latents, before the diffusion
+    latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
+    denoiser        MLP and U-Net of equal parameters
+    mix             the share of mixtures in a batch: 0, 0.25, 0.5, 1
+    code            stage 1 with noise on the latents and a penalty on foggy mixtures, on and off: judged by
+                    what stage 2 makes of its latents
+
+out  runs/sweep/NAME/     table.md, figure.png; a folder for each run
+run  python sweep.py mix                 the same command again goes on where it stopped
+     python sweep.py objects --hours 1
+read SWEEPS, one_run, main.
+"""
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import autodecoder
+import diffusion
+import evaluate
+import render_shapenet
+from common import UserError, atomic_file, new_figure, parse_config, save_figure
+
+
+@dataclass
+class Config:
+    out: str = "runs/sweep"              # folder for all runs
+    hours: float = 8.0                   # begin no run after so many
+    data: str = "data_large"             # folder of photos, of 256 objects; made if it is not there
+    steps1: int = 1500                   # of stage 1
+    steps2: int = 3000                   # of stage 2
+    count: int = 128                     # samples, and fresh objects
+    points: int = 512                    # on each shape
+    fits: int = 32                       # fresh objects that codes are fitted to
+    seeds: int = 1                       # trainings of stage 2 for each choice
+    fresh: str = "runs/fresh"            # evaluate.py's folder of fresh objects
+    stages: str = "cpu"                  # cpu | gpu | smoke: the preset of every stage
+    device: str = "auto"                 # auto, cpu or cuda
+
+
+# For each choice a label, stage 1's flags and stage 2's
+SWEEPS = {
+    "objects": [(str(n), {} if n == 72 else dict(objects=n), {}) for n in (8, 32, 72, 256)],
+    "normalization": [(how, {}, dict(normalization=how) if how != "robust" else {})
+                      for how in ("none", "meanstd", "robust_global", "robust")],
+    "latent": [("4", dict(latent_resolution=4, channels="64,64,32"), {}), ("8", {}, {}),
+               ("16", dict(latent_resolution=16, channels="32"), {})],
+    "denoiser": [("mlp", {}, {}), ("unet", {}, dict(denoiser="unet", channels="60,120", batch=16))],
+    "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],
+    "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}),
+             ("penalty", dict(mixture_penalty=0.1), {})],
+}
+COLUMNS = ("1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes", "Z_U",
+           "Z_U, shapes", "in other cells")
+PLOTTED = ("copies", "Z_U", "Z_U, shapes", "to photos")
+
+
+def arguments(**flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def one_run(config, first, second, seed):
+    """-> the row of this choice: evaluate.py's numbers of our samples, and stage 1's PSNR"""
+    key = lambda flags: "_".join(f"{field}={value}" for field, value in flags.items()) or "default"
+    stage1 = Path(config.out, "stage1", key(first))
+    stage2 = Path(config.out, "stage2", f"{key(first)}+{key(second)}+{seed}")
+    tables = stage2 / "evaluate/tables.json"
+    if not tables.exists():
+        common = dict(device=config.device, preset=config.stages)
+        if not (stage1 / "table.txt").exists():
+            autodecoder.main(arguments(**common, data=f"{config.data}/earphones_train", out=stage1,
+                                       steps=config.steps1, **({"objects": 72} | first)))
+        if not (stage2 / "curve.png").exists():
+            diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
+                                     **second))
+        numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "fresh")}
+        evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
+                                                   reconstructions=0, **numbers)])
+    row = json.loads(tables.read_text())["rows"]
+    held = [json.loads(line) for line in open(stage1 / "log.jsonl")]
+    return {"PSNR": [row["heldout"] for row in held if "heldout" in row][-1], **row["ours"]}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    config = parse_config(Config, argv=argv[1:] if name else argv)
+    if name not in SWEEPS:
+        raise UserError(f"which sweep?  python sweep.py NAME, where NAME is one of {', '.join(SWEEPS)}")
+    if not Path(config.data).exists():
+        print(f"{config.data} is not there: making 256 objects first")
+        render_shapenet.main(["--out", config.data, "--objects", "256", "--val_objects", "0"])
+    began, rows = time.time(), []
+    for seed in range(config.seeds):
+        for label, first, second in SWEEPS[name]:
+            if time.time() - began > 3600 * config.hours:
+                raise UserError(f"--hours {config.hours:g} are over, {len(rows)} runs done: "
+                                "the same command goes on")
+            rows.append((label, one_run(config, first, second, seed)))
+            report(Path(config.out, name), name, rows)
+
+
+def report(folder, name, rows):
+    """table.md and figure.png of what is done so far"""
+    columns = [column for column in COLUMNS if any(column in row for _, row in rows)]
+    head = [name, "PSNR, dB", *(f"{c}, %" if c in evaluate.PERCENT else c for c in columns)]
+    scale = lambda column: 100 if column in evaluate.PERCENT else 1
+    lines = [[label, f"{row['PSNR']:.2f}", *(evaluate.shown(column, row.get(column)) for column in columns)]
+             for label, row in rows]
+    text = evaluate.markdown(name, head, lines)
+    with atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(text)
+    plotted = [column for column in PLOTTED if column in columns]
+    figure, axes = new_figure(1, len(plotted), figsize=(3 * len(plotted), 2.8), squeeze=False)
+    labels = list(dict.fromkeys(label for label, _ in rows))
+    for axis, column in zip(axes[0], plotted):
+        for label, row in rows:
+            value, deviation = row[column]
+            axis.errorbar(labels.index(label), scale(column) * value,
+                          yerr=2 * scale(column) * (deviation or 0), fmt="o", color="C0", capsize=3)
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set(title=f"{column}, %" if column in evaluate.PERCENT else column, xlabel=name)
+        axis.margins(x=0.2)
+    save_figure(figure, folder / "figure.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
