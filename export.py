@@ -12,10 +12,10 @@ outside: 16 cases, where a cube has 256, some of them ambiguous.  Neighbours sha
 
 in   runs/diffusion and its autodecoder; or with --reconstruct the autodecoder alone
 out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sheet.png, denoise.png,
-                 walk.png; and for each object <name>/mesh.glb, which Blender and most viewers open
+                 walk.png; and for each object <name>/mesh.glb, a mesh with colours (glTF 2.0)
 run  python export.py                                 eight samples and all of the above: 18 s on one core
      python export.py --interpolate 3 12              walks from seed 3 to seed 12
-     python export.py --reconstruct train_00004 --out export/train_00004
+     python export.py --reconstruct train_00001 --out export/train_00001
 read Config, marching_tetrahedra, mesh_of, write_glb, pack; then viewer.html.
 """
 import base64
@@ -370,7 +370,8 @@ def write_gallery(path, model, names, latents, labels, denoiser=None, pair=None,
 def load(config, device):
     """-> autodecoder, its objects' names, denoiser (none for reconstructions of a stage 1 by itself)"""
     folder = config.autodecoder or "runs/autodecoder"
-    if config.reconstruct and Path(folder, "last.pt").exists():
+    alone = config.autodecoder or config.diffusion == Config.diffusion
+    if config.reconstruct and alone and Path(folder, "last.pt").exists():
         return *load_autodecoder(folder, device), None
     return load_models(config, device)
 

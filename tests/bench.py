@@ -103,7 +103,8 @@ def export_rows(folder):
     """What meshes and the page cost, on one core, and what they lose: of nine objects, spread over all"""
     torch.set_num_threads(1)
     model, names = autodecoder.load_autodecoder(folder)
-    photos, cpu = autodecoder.Photos(model.config.data, model.config.size, len(names)), torch.device("cpu")
+    photos = autodecoder.read_photos(model.config.data, model.config.size, len(names))
+    cpu = torch.device("cpu")
     chosen = np.linspace(0, len(names) - 1, min(9, len(names))).round().astype(int).tolist()
     volumes = [autodecoder.decode(model, model.codes[o], cpu) for o in chosen]
     large = torch.nn.functional.interpolate(volumes[0], size=(64,) * 3, mode="trilinear")
