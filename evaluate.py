@@ -61,7 +61,7 @@ class Config:
     out: str = "runs/evaluate"           # folder for the tables
     count: int = 500                     # samples of each kind, and fresh objects
     points: int = 1024                   # on each shape
-    fits: int = 256                      # fresh objects that codes are fitted to, from 8 photos each
+    fits: int = 128                      # fresh objects that codes are fitted to, from 8 photos each
     readings: int = 1024                 # objects that the reader learns from, by four pictures each
     reader_steps: int = 4000             # gradient steps of the reader
     controls: bool = True                # no: ours, training and held-out objects alone
