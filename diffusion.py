@@ -46,7 +46,7 @@ class Config:
     mix: float = 0.5                     # share of a batch that is G1 of mixtures of 2-3 codes; 0: copies
     mixtures: int = 2048                 # how many such mixtures there are
     among: int = 8                       # codes are mixed with so many nearest ones; 0: any with any
-    components: int = 256                # the MLP's: principal components it works in; 0: the bare numbers
+    components: int = 240                # the MLP's: principal components it works in; 0: the bare numbers
     shuffle: bool = False                # a control: each number of a latent from an object of its own
     holdout: int = 0                     # objects kept aside, to watch the loss of
     patience: int = 0                    # end when that has not fallen for so many previews; 0: never

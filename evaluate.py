@@ -6,9 +6,9 @@ distribution that no training saw.  Good samples cannot be told from them.
 
     shapes      points on the visible surface, seen by the same 20 cameras.  Of two shapes the Chamfer
                 distance; of two sets
-                1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.  Against
-                        fresh objects' meshes it tells volumes from meshes, whatever the samples; "decoded":
-                        against fresh objects as the decoder can show them (codes fitted to photos)
+                1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.
+                        Against fresh objects' meshes it tells volumes from meshes, whatever the samples;
+                        "decoded": against those as the decoder can show them (codes fitted to photos)
                 COV     the share of fresh objects that are some sample's nearest
                 MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
     pictures    the features of a network that reads factors off four views.  Of two sets their kernel
@@ -61,7 +61,7 @@ class Config:
     out: str = "runs/evaluate"           # folder for the tables
     count: int = 500                     # samples of each kind, and fresh objects
     points: int = 1024                   # on each shape
-    fits: int = 256                      # fresh objects that codes are fitted to, from 8 photos each
+    fits: int = 128                      # fresh objects that codes are fitted to, from 8 photos each
     readings: int = 1024                 # objects that the reader learns from, by four pictures each
     reader_steps: int = 4000             # gradient steps of the reader
     controls: bool = True                # no: ours, training and held-out objects alone
@@ -85,19 +85,18 @@ def chamfer(a, b, tile=1 << 18):
     square = lambda x: x.square().sum(-1, keepdim=True)
     one = lambda x: torch.ones_like(x[..., :1])
     left, right = torch.cat([-2 * a, one(a), square(a)], -1), torch.cat([b, square(b), one(b)], -1)
-    tile = 1 << 26 if a.is_cuda else tile
-    rows, P = [], b.shape[1]
-    for p in left:
-        row = []
-        for q in right.split(8 if not a.is_cuda else 64):                                    # (n,P,5)
+    tile, together = (1 << 26, 64) if a.is_cuda else (tile, 8)
+    result, P = torch.zeros(len(a), len(b)), b.shape[1]
+    for i, p in enumerate(left):
+        for k in range(i if a is b else 0, len(b), together):          # of a set with itself half will do
+            q = right[k:k + together]
             flat, forth, back = q.flatten(0, 1).T, 0, torch.full(q.shape[:2], math.inf, device=a.device)
             for part in p.split(max(1, tile // flat.shape[1])):
                 distance = (part @ flat).view(len(part), len(q), P)
                 forth = forth + distance.amin(2).clamp(min=0).sum(0)
                 back = torch.minimum(back, distance.amin(0))
-            row.append(forth / len(p) + back.clamp(min=0).mean(1))
-        rows.append(torch.cat(row))
-    return torch.stack(rows).cpu()
+            result[i, k:k + together] = forth / len(p) + back.clamp(min=0).mean(1)
+    return result.triu() + result.triu(1).T if a is b else result
 
 
 def coverage(between):
@@ -198,18 +197,17 @@ def judge(some, fresh, held, training, cells, config):
         weights = again(a), resampled(len(b), config, 1000)         # of the fresh objects always the same
         row[name] = statistic(a, b).item(), statistic(a, b, *weights)
 
-    if "points" in some and some is not fresh:
-        for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)):
-            if other is not some:
-                N = min(len(some["points"]), len(other["points"]))
-                a, b = some["points"][:N], other["points"][:N]
-                share(name, one_nna(chamfer(a, a), chamfer(a, b), chamfer(b, b)))
-        N = min(len(some["points"]), len(fresh["points"]))
-        between = chamfer(some["points"][:N], fresh["points"][:N])
-        named, near = coverage(between), mmd(between).double()
-        weight = again(named)
-        row["COV"] = len(named.unique()) / N, torch.tensor([len(named[w > 0].unique()) / N for w in weight])
-        row["MMD"] = near.mean().item(), weight @ near / N
+    for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)) if "points" in some else ():
+        if some is not other:
+            N = min(len(some["points"]), len(other["points"]))
+            between = chamfer(some["points"][:N], other["points"][:N])
+            share(name, one_nna(within(some)[:N, :N], between, within(other)[:N, :N]))
+        if some is not other is fresh:
+            named, near = coverage(between), mmd(between).double()
+            weight = again(named)
+            redrawn = [len(named[w > 0].unique()) / N for w in weight]
+            row["COV"] = len(named.unique()) / N, torch.tensor(redrawn)
+            row["MMD"] = near.mean().item(), weight @ near / N
     if "features" in some:
         apart("to photos", functools.partial(kernel_distance, cubic), some["features"], fresh["features"])
         if some is not held and "latents" in some:
@@ -232,6 +230,13 @@ def judge(some, fresh, held, training, cells, config):
             apart("Z_U, shapes", z_u, shape[:, 0], held["shape to training"][:, 0])
             apart("pixels", functools.partial(kernel_distance, minus_distance), pixels(some), pixels(held))
     return row
+
+
+def within(some):
+    """The distances of a set's shapes to each other, once"""
+    if "within" not in some:
+        some["within"] = chamfer(some["points"], some["points"])
+    return some["within"]
 
 
 def pixels(some):
@@ -324,7 +329,8 @@ TABLES = {
     "Further from fresh objects than ours": ("to photos", "to reconstructions", "pixels"),
     "Memorisation": ("d1", "copies", "Z_U", "copies, shapes", "Z_U, shapes", "closest two of 64"),
     "Factors": ("training cells", "other cells", "in other cells")}
-PERCENT = ("1-NNA", "1-NNA, decoded", "COV", "copies", "copies, shapes", "training cells", "other cells", "in other cells")
+PERCENT = ("1-NNA", "1-NNA, decoded", "COV", "copies", "copies, shapes", "training cells", "other cells",
+           "in other cells")
 
 
 def compared(rows):
