@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from autodecoder import Config as Stage1
-from autodecoder import Photos, fit_codes, mean_of, mean_photo, measure, psnr, read_photos
+from autodecoder import Photos, fit_codes, mean_of, mean_photo, measure, read_photos
+from autodecoder import psnr  # noqa: F401      here with the other metrics
 from common import (Run, UserError, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
                     save_figure, save_picture)
 from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser

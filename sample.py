@@ -85,25 +85,6 @@ def load_models(config, device):
     return model, names, denoiser
 
 
-# -------------------------------------------------------------------------------------------------- rendering
-
-@torch.no_grad()
-def render_views(model, latents, poses, size, batch=8):
-    """latents (B,...), poses (V,4,4) -> rgb (B,V,H,W,3), alpha (B,V,H,W), depth, solid (B,D,H,W) bool"""
-    K, device = intrinsics_at(size, 131.25).float().to(latents.device), latents.device
-    rays = (some.flatten(0, 1)[None] for some in camera_rays(poses.to(device), K, size))
-    origins, directions = (some.expand(batch, -1, -1) for some in rays)                    # (batch,VHW,3)
-    parts = []
-    for part in latents.split(batch):
-        volume, B = model.to_volume(part), len(part)
-        pictures = render(volume, origins[:B], directions[:B], 2 * model.config.samples, model.field,
-                          occupied=occupancy(volume, model.field))
-        shape = (B, len(poses), size, size)
-        rgb, alpha, depth = (picture.view(*shape, *picture.shape[2:]) for picture in pictures)
-        parts.append((rgb, alpha, depth, voxel_opacity(model, volume) > 0.5))
-    return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
-
-
 def pack(config):
     """Both trained models in one file, large tensors in half precision: what pretrained/ holds"""
     second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py")
@@ -124,7 +105,28 @@ def pack(config):
 
 def unpack(file, device):
     state = load_checkpoint(file)
+    if not {"autodecoder", "diffusion"} <= state.keys() or not isinstance(state["autodecoder"], dict):
+        raise UserError(f"{file} does not hold both models, as what --pack writes does: give a run's folder")
     return *build_autodecoder(state["autodecoder"], device), build_denoiser(state["diffusion"], device)[0]
+
+
+# -------------------------------------------------------------------------------------------------- rendering
+
+@torch.no_grad()
+def render_views(model, latents, poses, size, batch=8):
+    """latents (B,...), poses (V,4,4) -> rgb (B,V,H,W,3), alpha (B,V,H,W), depth, solid (B,D,H,W) bool"""
+    K, device = intrinsics_at(size, 131.25).float().to(latents.device), latents.device
+    rays = (some.flatten(0, 1)[None] for some in camera_rays(poses.to(device), K, size))
+    origins, directions = (some.expand(batch, -1, -1) for some in rays)                    # (batch,VHW,3)
+    parts = []
+    for part in latents.split(batch):
+        volume, B = model.to_volume(part), len(part)
+        pictures = render(volume, origins[:B], directions[:B], 2 * model.config.samples, model.field,
+                          occupied=occupancy(volume, model.field))
+        shape = (B, len(poses), size, size)
+        rgb, alpha, depth = (picture.view(*shape, *picture.shape[2:]) for picture in pictures)
+        parts.append((rgb, alpha, depth, voxel_opacity(model, volume) > 0.5))
+    return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
 
 
 def cameras(angles):

@@ -418,10 +418,17 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "PRETRAINED", tmp_path / "box.pt")
     told(lambda: sample.main([]), "nothing is trained yet", "python autodecoder.py")
-    torch.save({"autodecoder": common.load_checkpoint(trained / "last.pt"),
-                "diffusion": common.load_checkpoint(diffused / "last.pt")}, tmp_path / "box.pt")
-    sample.main(["--count", "1", "--views", "0"])
+    sample.main(["--diffusion", str(diffused), "--pack", "box.pt"])
+    sample.main(["--count", "2", "--views", "0"])
     assert "the model in the box" in capsys.readouterr().out and (tmp_path / "samples/sheet.png").exists()
+    assert not (tmp_path / "samples/beside.png").exists()
+    # One's own run takes precedence, and stands beside it; a packed file may also be named
+    sample.main(["--diffusion", str(diffused), "--count", "2", "--views", "0"])
+    assert f"{diffused}/last.pt" in capsys.readouterr().out and (tmp_path / "samples/beside.png").exists()
+    packed = [sample.load_models(sample.Config(diffusion=where), "cpu") for where in ("box.pt", str(diffused))]
+    a, b = (stage.sample(denoiser, [0, 1]) for _, _, denoiser in packed)
+    assert 0 < (a - b).norm() < 0.02 * b.norm()                                       # half precision
+    told(lambda: sample.main(["--diffusion", str(diffused / "last.pt")]), "does not hold both models")
 
 
 def test_a_full_disk_is_one_sentence(trained, diffused, tmp_path):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = re.findall(r"(?:^    |`)python ((\w+)\.py[^`\n#]*)", (ROOT / "README.md").read_text(), re.M)
 COMMANDS = list(dict.fromkeys((command.strip(), script) for command, script in COMMANDS))
 STAGE = "--preset smoke --steps 4 --device cpu "
-SMALL = {                                      # what makes each small; of a flag given twice the last one counts
+SMALL = {                                      # what makes each small; of a flag given twice the last counts
     "render_shapenet": "--views 8 --holdout_views 4 --size 32 --workers 1 --device cpu ",
     "autodecoder": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --fit_steps 2 "
                            "--holdout_views 4 --objects 4 ",
@@ -21,15 +21,17 @@ SMALL = {                                      # what makes each small; of a fla
     "sample": "--count 2 --steps 2 --views 2 --size 32 --device cpu ",
     "evaluate": "--preset smoke --device cpu ",
     "export": "--count 1 --frames 2 --sheet 2 --steps 2 --resolution 16 --device cpu ",
-    "sweep": "--stages smoke --steps1 4 --steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 --device cpu "}
+    "sweep": STAGE.replace("preset", "stages").replace("steps", "steps1")
+             + "--steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 "}
 OWN = "--objects 4 --val_objects 0 --test_objects 3 "       # of the procedural set, not of ShapeNet's
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    for synset in ("03261776", "03001627"):                               # a stand-in for ShapeNet, in ~
-        shutil.copytree(ROOT / "tests/golden/ShapeNetCore.v2/03261776", folder / "home/ShapeNetCore.v2" / synset)
+    golden, shapenet = ROOT / "tests/golden/ShapeNetCore.v2/03261776", folder / "home/ShapeNetCore.v2"
+    for synset in ("03261776", "03001627"):                                          # a stand-in, in ~
+        shutil.copytree(golden, shapenet / synset)
     return folder
 
 
