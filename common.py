@@ -185,8 +185,9 @@ class Run:
                                 "and run again") from None
             for field, value in wanted.items():
                 if found.get(field, value) != value:
+                    named = ["(none)" if some == "" else some for some in (found[field], value)]
                     raise UserError(f"{file} says that what is there was made with --{field} "
-                                    f"{found[field] or '(none)'}, not {value or '(none)'}: "
+                                    f"{named[0]}, not {named[1]}: "
                                     "use the same value, another --out, or start over with --fresh")
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))

@@ -63,6 +63,7 @@ class Config:
     count: int = 500                     # samples of each kind, and fresh objects
     points: int = 1024                   # on each shape
     fits: int = 128                      # fresh objects that codes are fitted to, from 8 photos each
+    fit_steps: int = 400                 # gradient steps for each batch of codes
     readings: int = 1024                 # objects that the reader learns from, by four pictures each
     reader_steps: int = 4000             # gradient steps of the reader
     controls: bool = True                # no: ours, training and held-out objects alone
@@ -72,8 +73,8 @@ class Config:
     device: str = "auto"                 # auto, cpu or cuda
 
 
-PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, readings=32, reader_steps=10,
-                                               reconstructions=2, bootstrap=20)}
+PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, fit_steps=3, readings=32,
+                                               reader_steps=10, reconstructions=2, bootstrap=20)}
 
 
 # ---------------------------------------------------------------------------------------------- distances
@@ -286,7 +287,7 @@ def held_out_codes(model, config, unseen, device):
     if file.exists() and len(load_checkpoint(file)) >= N:
         return load_checkpoint(file)[:N].to(device)
     print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
-    codes = fit_codes(model, photos, views, Stage1(), device)
+    codes = fit_codes(model, photos, views, Stage1(fit_steps=config.fit_steps), device)
     with atomic_file(file) as temporary:
         torch.save(codes.cpu(), temporary)
     return codes
@@ -319,7 +320,8 @@ def reconstruction_rows(model, names, config, device):
         count = photos.rgb.shape[1]
         for given in (1, 2, 8):
             if given < count:
-                codes = fit_codes(model, photos, torch.arange(given), Stage1(), device)
+                recipe = Stage1(fit_steps=config.fit_steps)
+                codes = fit_codes(model, photos, torch.arange(given), recipe, device)
                 rows.append(row(f"{len(codes)} unseen objects from {given} photos", photos, codes,
                                 range(max(given, count - 8), count), mean_photo(photos, torch.arange(count))))
     return rows
@@ -423,7 +425,8 @@ def main(argv=None):
         run = Run(config.fresh, config, ("seed", "readings", "reader_steps"), name="fresh.json")
         run.lock.close()                   # two evaluations may share it: they make the same, file by file
         reader = train_reader(config, run, device)
-        every = see_objects(run.folder / "fresh.pt", "fresh", n + 2 * count, config, 8, config.points, run)
+        numbers = range(n + 2 * count)
+        every = see_objects(run.folder / "fresh.pt", "fresh", numbers, config, 8, config.points, run)
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 

@@ -83,20 +83,20 @@ def see_object(split, index, seed, views, points):
     return {key: value.numpy() for key, value in one.items()}
 
 
-def see_objects(file, split, count, config, views, points, run):
-    """The same of `count` objects of a split, by all cores, kept in a file for the next time"""
+def see_objects(file, split, numbers, config, views, points, run):
+    """The same of many objects of a split (a range of numbers), by all cores, kept for the next time"""
     if file.exists():
         kept = load_checkpoint(file)
-        if len(kept["rgb"]) >= count and kept["points"].shape[1] >= points:
+        if len(kept["rgb"]) >= len(numbers) and kept["points"].shape[1] >= points:
             kept["points"] = kept["points"][:, :points]
-            return {key: value[:count] for key, value in kept.items()}
-    work = [(split, index, config.seed, views, points) for index in range(count)]
-    rows, workers = [], min(os.cpu_count(), count)
+            return {key: value[:len(numbers)] for key, value in kept.items()}
+    work = [(split, index, config.seed, views, points) for index in numbers]
+    rows, workers = [], min(os.cpu_count(), len(numbers))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
     try:
         for one in pool.map(see_object, *zip(*work), chunksize=4):
             rows.append(one)
-            run.progress(f"{split} objects", len(rows), count)
+            run.progress(f"{split} objects", len(rows), len(numbers))
     finally:
         pool.shutdown(cancel_futures=True)
     seen = {key: torch.stack([torch.from_numpy(one[key]) for one in rows]) for key in rows[0]}
@@ -145,8 +145,9 @@ def train_reader(config, run, device):
         reader.load_state_dict(load_checkpoint(file))
         return reader.eval().requires_grad_(False)
     # The test split holds objects of every cell; the first of it are those of stage 0's test folder
-    seen = see_objects(run.folder / "readings.pt", "test", config.readings + 72, config, 4, 0, run)
-    rgb, labels, colours = (seen[key][72:].to(device) for key in ("rgb", "true labels", "colours"))
+    numbers = range(72, 72 + config.readings)
+    seen = see_objects(run.folder / "readings.pt", "test", numbers, config, 4, 0, run)
+    rgb, labels, colours = (seen[key].to(device) for key in ("rgb", "true labels", "colours"))
     optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
     for step in range(config.reader_steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / config.reader_steps))

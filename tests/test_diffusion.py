@@ -425,8 +425,8 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
     # One's own run takes precedence, and stands beside it; a packed file may also be named
     sample.main(["--diffusion", str(diffused), "--count", "2", "--views", "0"])
     assert f"{diffused}/last.pt" in capsys.readouterr().out and (tmp_path / "samples/beside.png").exists()
-    packed = [sample.load_models(sample.Config(diffusion=where), "cpu") for where in ("box.pt", str(diffused))]
-    a, b = (stage.sample(denoiser, [0, 1]) for _, _, denoiser in packed)
+    both = [sample.load_models(sample.Config(diffusion=where), "cpu") for where in ("box.pt", str(diffused))]
+    a, b = (stage.sample(denoiser, [0, 1]) for _, _, denoiser in both)
     assert 0 < (a - b).norm() < 0.02 * b.norm()                                       # half precision
     told(lambda: sample.main(["--diffusion", str(diffused / "last.pt")]), "does not hold both models")
 

@@ -22,7 +22,7 @@ SMALL = {                                      # what makes each small; of a fla
     "evaluate": "--preset smoke --device cpu ",
     "export": "--count 1 --frames 2 --sheet 2 --steps 2 --resolution 16 --device cpu ",
     "sweep": STAGE.replace("preset", "stages").replace("steps", "steps1")
-             + "--steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 "}
+             + "--steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 --data data "}
 OWN = "--objects 4 --val_objects 0 --test_objects 3 "       # of the procedural set, not of ShapeNet's
 
 
