@@ -150,7 +150,7 @@ def train_reader(config, run, device):
     rgb, labels, colours = (seen[key].to(device) for key in ("rgb", "true labels", "colours"))
     optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
     for step in range(config.reader_steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / config.reader_steps))
+        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / config.reader_steps))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         chosen = torch.randint(len(rgb), (16,), generator=generator)
         side = int(torch.randint(14, PIXELS + 1, (), generator=generator))

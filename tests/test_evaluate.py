@@ -162,7 +162,7 @@ def test_points_of_a_mesh_lie_on_it_and_the_cameras_stand_all_around():
 
 
 def test_the_reader_learns_what_it_is_shown(tmp_path):
-    config = stage.Config(readings=6, reader_steps=180, fresh=str(tmp_path))
+    config = stage.Config(readings=6, reader_steps=120, fresh=str(tmp_path))
     run = stage.Run(tmp_path, config, ("seed",))
     reader = fresh.train_reader(config, run, torch.device("cpu"))
     seen = fresh.see_objects(tmp_path / "readings.pt", "test", range(72, 78), config, 4, 0, run)
