@@ -24,7 +24,7 @@ distribution that no training saw.  Good samples cannot be told from them.
 A perfect copier has a good 1-NNA too: read it with Z_U.  +- is a deviation, by bootstrap over objects.
 
 in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2;  runs/shuffled, if it is there: a control
-out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png
+out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png, worst.png
 run  python evaluate.py
      python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
 read chamfer, one_nna, z_u, kernel_distance, judge, main.
@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from autodecoder import Config as Stage1
-from autodecoder import Photos, fit_codes, mean_of, mean_photo, measure, read_photos
+from autodecoder import (Photos, fit_codes, mean_of, mean_photo, measure, preview, read_photos,
+                         save_preview)
 from autodecoder import psnr  # noqa: F401      here with the other metrics
 from common import (Run, UserError, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
                     save_figure, save_picture)
@@ -88,7 +89,7 @@ def chamfer(a, b, tile=1 << 18):
     one = lambda x: torch.ones_like(x[..., :1])
     left, right = torch.cat([-2 * a, one(a), square(a)], -1), torch.cat([b, square(b), one(b)], -1)
     tile, together = (1 << 26, 64) if a.is_cuda else (tile, 8)
-    result, P = torch.zeros(len(a), len(b)), b.shape[1]
+    result, P = torch.zeros(len(a), len(b), device=a.device), b.shape[1]
     for i, p in enumerate(left):
         for k in range(i if a is b else 0, len(b), together):          # of a set with itself half will do
             q = right[k:k + together]
@@ -98,7 +99,7 @@ def chamfer(a, b, tile=1 << 18):
                 forth = forth + distance.amin(2).clamp(min=0).sum(0)
                 back = torch.minimum(back, distance.amin(0))
             result[i, k:k + together] = forth / len(p) + back.clamp(min=0).mean(1)
-    return result.triu() + result.triu(1).T if a is b else result
+    return (result.triu() + result.triu(1).T if a is b else result).cpu()
 
 
 def coverage(between):
@@ -182,7 +183,8 @@ def see_volumes(model, latents, config):
         pictures.append((rgb[:, :4].clamp(0, 1) * 255).round().byte())
         points += [cloud(origins, directions, d, a > 0.5, config.points)
                    for a, d in zip(alpha.flatten(2), depth.flatten(2))]
-    return {"rgb": torch.cat(pictures), "points": torch.stack(points), "latents": latents}
+    points = torch.stack(points).to(latents.device)
+    return {"rgb": torch.cat(pictures), "points": points, "latents": latents}
 
 
 # ------------------------------------------------------------------------------------------------- the tables
@@ -293,17 +295,21 @@ def held_out_codes(model, config, unseen, device):
     return codes
 
 
+LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "ours", "fresh objects")
 RECONSTRUCTION = ("PSNR, dB", "foreground", "white", "its foreground", "mean photo", "its foreground",
                   "deviation over objects", "worst three")
 
 
 def reconstruction_rows(model, names, config, device):
     """Held-out views of training objects, and of unseen objects known from 1, 2 and 8 photos, where there are
-    photos -> rows of a table"""
+    photos -> rows of a table; and a picture of the worst three of each: truth, ours, depth (3,B,H,W,3)"""
+    pictures = []
+
     def row(what, photos, codes, views, white):
         rows = measure(model, codes, photos, range(len(codes)), views, device, white)
         each = [mean_of([r for r in rows if r["object"] == o], "ours") for o in range(len(codes))]
         worst = sorted(range(len(codes)), key=each.__getitem__)[:3]
+        pictures.append(preview(model, codes[worst], photos, worst, views[0], device))
         numbers = [mean_of(rows, key) for key in ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg")]
         return [what, *(f"{number:.2f}" for number in (*numbers, torch.tensor(each).std().item())),
                 ", ".join(f"{photos.names[o]} {each[o]:.1f}" for o in worst)]
@@ -324,7 +330,7 @@ def reconstruction_rows(model, names, config, device):
                 codes = fit_codes(model, photos, torch.arange(given), recipe, device)
                 rows.append(row(f"{len(codes)} unseen objects from {given} photos", photos, codes,
                                 range(max(given, count - 8), count), mean_photo(photos, torch.arange(count))))
-    return rows
+    return rows, pictures
 
 
 TABLES = {
@@ -427,6 +433,7 @@ def main(argv=None):
         reader = train_reader(config, run, device)
         numbers = range(n + 2 * count)
         every = see_objects(run.folder / "fresh.pt", "fresh", numbers, config, 8, config.points, run)
+        every["points"] = every["points"].to(device)
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
@@ -450,6 +457,10 @@ def main(argv=None):
     rows = {name: judge(some, fresh, held, training, cells, config) for name, some in sets.items()}
     more, rows = with_deviation(compared(rows)), with_deviation(rows)
 
+    if cells:
+        rungs = [rows[name]["to photos"][0] for name in LADDER if name in rows]
+        falls = "falls" if rungs == sorted(rungs, reverse=True) else "does NOT fall"
+        remark += f"\nThe distance of pictures {falls} down the ladder {', '.join(LADDER)}.\n"
     text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} "
             f"held-out ones with fitted codes; +- is a deviation ({config.bootstrap} resamplings).\n", remark]
     for title, columns in TABLES.items():
@@ -457,8 +468,10 @@ def main(argv=None):
                  for name, row in (more if "ours" in title else rows).items() if row.keys() & set(columns)]
         text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
     if config.reconstructions:
-        text.append(markdown("Reconstruction", ("", *RECONSTRUCTION),
-                             reconstruction_rows(model, names, config, device)))
+        lines, pictures = reconstruction_rows(model, names, config, device)
+        text.append(markdown("Reconstruction", ("", *RECONSTRUCTION), lines))
+        if pictures:
+            save_preview(Path(config.out, "worst.png"), torch.cat(pictures, 1))
     print("\n" + "\n".join(text))
 
     out = Path(config.out)
@@ -474,7 +487,7 @@ def main(argv=None):
     seeds = range(config.seed, config.seed + 16)
     save_picture(out / "nearest.png",
                  contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
-    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png")
+    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png, worst.png")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
     text = (out / "tables.md").read_text()
     for heading in ("Generation", "Memorisation", "Factors", "Reconstruction", "unseen objects from 2"):
         assert heading in text
-    assert (out / "figure.png").exists() and (out / "nearest.png").exists()
+    assert "down the ladder noise, fresh objects, blurred" in text
+    assert all((out / f"{name}.png").exists() for name in ("figure", "nearest", "worst"))
 
 
 def test_a_denoiser_of_shuffled_latents_becomes_a_control(arguments, trained, tmp_path):
