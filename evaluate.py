@@ -376,6 +376,7 @@ def markdown(title, head, rows):
 
 def plot_rows(rows, path):
     """The headline numbers, each row a point with twice its deviation"""
+    rows = {name: row for name, row in rows.items() if name != "noise"}               # far off any scale
     names = [name for name in ("1-NNA, decoded", "Z_U, shapes", "to photos", "to reconstructions")
              if any(name in row for row in rows.values())]
     figure, axes = new_figure(1, len(names), figsize=(3 * len(names), 3.2), sharey=True, squeeze=False)
@@ -387,7 +388,8 @@ def plot_rows(rows, path):
         axis.axvline(0.5 if "1-NNA" in name else 0, color="grey", lw=0.7)
         axis.set_title(name)
         if name.startswith("to"):
-            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xscale("symlog", linthresh=0.2)
+            axis.set_xticks([0, 0.1, 1], ["0", "0.1", "1"])
     axes[0, 0].set_yticks([-k for k in range(len(rows))], list(rows))
     save_figure(figure, path)
 
