@@ -294,8 +294,9 @@ def main(argv=None):
              f"{training_nearest.quantile(0.05):.1f} (5th percentile) to {training_nearest.max():.1f}")
     kinds = kinds_of(model.config.data, names)
     near = [kinds[row["nearest"][0]] for row in rows["samples"]]
-    text += "\nkinds of the nearest training objects: "
-    text += ", ".join(f"{near.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    if len(set(kinds)) > 1:
+        text += "\nkinds of the nearest training objects: "
+        text += ", ".join(f"{near.count(kind)} {kind}" for kind in sorted(set(kinds)))
     print(text)
 
     out = Path(config.out)
