@@ -17,7 +17,7 @@ SMALL = {                                      # what makes each small; of a fla
     "render_shapenet": "--views 8 --holdout_views 4 --size 32 --workers 1 --device cpu ",
     "autodecoder": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --fit_steps 2 "
                            "--holdout_views 4 --objects 4 ",
-    "diffusion": STAGE + "--preview_every 4 --save_every 4 --channels 8,8 ",
+    "diffusion": STAGE + "--preview_every 4 --save_every 4 --channels 8,8 --holdout 1 ",
     "sample": "--count 2 --steps 2 --views 2 --size 32 --device cpu ",
     "evaluate": "--preset smoke --device cpu ",
     "export": "--count 1 --frames 2 --sheet 2 --steps 2 --resolution 16 --device cpu ",
