@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import render_shapenet
 from common import (Run, UserError, atomic_file, grid, load_stage, new_figure, parse_config, pick_device,
-                    plot_log, save_figure, save_picture)
+                    plot_log, save_figure, save_picture, to_bytes)
 from volume_render import camera_rays, density, occupancy, render
 
 
@@ -494,7 +494,7 @@ def preview(model, codes, photos, objects, view, device):
         rgb, alpha, depth = (t.cpu() for t in render_view(model, volume, photos.pose[o, view],
                                                           photos.intrinsics[o], photos.size))
         columns.append(torch.stack([photos.rgb[o, view] / 255, rgb, depth_picture(depth, alpha)]))
-    return (torch.stack(columns, 1).clamp(0, 1) * 255).round().byte()
+    return to_bytes(torch.stack(columns, 1))
 
 
 def save_preview(path, rows):

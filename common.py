@@ -187,8 +187,8 @@ class Run:
                 if found.get(field, value) != value:
                     named = ["(none)" if some == "" else some for some in (found[field], value)]
                     raise UserError(f"{file} says that what is there was made with --{field} "
-                                    f"{named[0]}, not {named[1]}: "
-                                    "use the same value, another --out, or start over with --fresh")
+                                    f"{named[0]}, not {named[1]}: use the same value or another folder, or "
+                                    "start over: --fresh, or delete it")
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
 
@@ -335,6 +335,11 @@ def decode(image, mode):
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert(mode)
+
+
+def to_bytes(picture):
+    """A picture in [0, 1], or a little outside, as 8 bits"""
+    return (picture.clamp(0, 1) * 255).round().byte()
 
 
 def grid(pictures, columns, gap=2):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from autodecoder import Attention, load_autodecoder, render_view, save_preview
 from common import (Run, UserError, load_stage, new_figure, parse_config, pick_device, plot_log,
-                    save_figure)
+                    save_figure, to_bytes)
 from render_shapenet import camera_to_world_at, intrinsics_at
 
 
@@ -483,8 +483,8 @@ def averaged(state):
 
 def build_denoiser(state, device="cpu"):
     denoiser = Denoiser(Config(**state["config"]), state["shape"], state["components"], state["planes"])
-    denoiser.load_state_dict(state["denoiser"])
-    denoiser.network.load_state_dict(averaged(state))
+    network = {f"network.{name}": weights for name, weights in averaged(state).items()}
+    denoiser.load_state_dict(state["denoiser"] | network)
     return (denoiser.to(device).eval().requires_grad_(False),
             {"folder": state["config"]["autodecoder"], "fingerprint": state["autodecoder"]})
 
@@ -530,7 +530,7 @@ def preview(model, denoiser, raw, averaged, size=64):
         denoiser.network.load_state_dict(weights)
         volumes = [model.to_volume(z[None]) for z in sample(denoiser, range(8))]
         rows.append(torch.stack([render_view(model, volume, pose, K, size)[0].cpu() for volume in volumes]))
-    return (torch.stack(rows).clamp(0, 1) * 255).round().byte()
+    return to_bytes(torch.stack(rows))
 
 
 # ------------------------------------------------------------------------------------------------------ main

@@ -43,7 +43,7 @@ from autodecoder import (Photos, fit_codes, mean_of, mean_photo, measure, previe
                          save_preview)
 from autodecoder import psnr  # noqa: F401      here with the other metrics
 from common import (Run, UserError, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
-                    save_figure, save_picture)
+                    save_figure, save_picture, to_bytes)
 from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser
 from diffusion import sample as draw_samples
 from fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, rays_around, read, see_objects,
@@ -59,7 +59,7 @@ class Config:
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     data: str = "data/earphones_test"    # unseen objects with photos: for the table of reconstructions
     shuffled: str = "runs/shuffled"      # a denoiser trained with --shuffle; not there: left out
-    fresh: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
+    cache: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
     out: str = "runs/evaluate"           # folder for the tables
     count: int = 500                     # samples of each kind, and fresh objects
     points: int = 1024                   # on each shape
@@ -125,11 +125,14 @@ def z_u(samples, unseen, weight_a=None, weight_b=None):
     """Distances to the nearest training object, of samples (M,) and of unseen objects (N,) -> (T,): how many
     deviations the samples' are larger than chance would have them"""
     M, N = len(samples), len(unseen)
-    ones = lambda n: torch.ones(1, n, dtype=torch.float64)
     larger = (samples[:, None] > unseen).double() + 0.5 * (samples[:, None] == unseen)
-    weight_a, weight_b = ones(M) if weight_a is None else weight_a, ones(N) if weight_b is None else weight_b
-    larger = (weight_a @ larger * weight_b).sum(1)
+    larger = (once(samples, weight_a) @ larger * once(unseen, weight_b)).sum(1)
     return (larger - M * N / 2) / math.sqrt(M * N * (M + N + 1) / 12)
+
+
+def once(objects, weight):
+    """How often each counts, (T,N): each once, unless it is said"""
+    return torch.ones(1, len(objects), dtype=torch.float64) if weight is None else weight
 
 
 def copies(to_training):
@@ -141,13 +144,13 @@ def copies(to_training):
 def mean_kernel(kernel, a, b, weight_a=None, weight_b=None):
     """The mean of kernel(a_i, b_j) over pairs (of two different ones, where b is a), or for each of T
     resamplings by how often each counts, (T,M) and (T,N)"""
-    weight_a = torch.ones(1, len(a), dtype=torch.float64) if weight_a is None else weight_a
+    weight_a = once(a, weight_a)
     values = kernel(a.double(), b.double())
     if a is b:                                # one drawn twice is no pair with itself
         values.fill_diagonal_(0)
         pairs = weight_a.sum(1) ** 2 - weight_a.square().sum(1)
         return (weight_a @ values * weight_a).sum(1) / pairs.clamp(min=1)
-    weight_b = torch.ones(1, len(b), dtype=torch.float64) if weight_b is None else weight_b
+    weight_b = once(b, weight_b)
     return (weight_a @ values * weight_b).sum(1) / (weight_a.sum(1) * weight_b.sum(1))
 
 
@@ -174,20 +177,20 @@ def resampled(count, config, salt):
         1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
+# ------------------------------------------------------------------------------------------------- the tables
+
 def see_volumes(model, latents, config):
-    """latents (N,...) -> the same of volumes: pictures (N,4,H,W,3) bytes, points (N,P,3)"""
+    """latents (N,...) -> what fresh.see_object gives of meshes: pictures (N,4,H,W,3) bytes, points (N,P,3)"""
     origins, directions = rays_around()
     pictures, points = [], []
     for latent in latents.split(32):
         rgb, alpha, depth, _ = render_views(model, latent, cameras(AROUND), PIXELS, batch=2)
-        pictures.append((rgb[:, :4].clamp(0, 1) * 255).round().byte())
+        pictures.append(to_bytes(rgb[:, :4]))
         points += [cloud(origins, directions, d, a > 0.5, config.points)
                    for a, d in zip(alpha.flatten(2), depth.flatten(2))]
     points = torch.stack(points).to(latents.device)
     return {"rgb": torch.cat(pictures), "points": points, "latents": latents}
 
-
-# ------------------------------------------------------------------------------------------------- the tables
 
 def judge(some, fresh, held, training, cells, config):
     """One row of all tables: {number: (value, itself in each resampling)}, of what is defined for it"""
@@ -221,7 +224,7 @@ def judge(some, fresh, held, training, cells, config):
         cell = cell_of(some["labels"])
         new = ~torch.isin(cell, torch.tensor(cells))
         row["training cells"] = len(cell[~new].unique()) / len(cells), None
-        row["other cells"] = len(cell[new].unique()) / (len(CELLS) - len(cells)), None
+        row["other cells"] = len(cell[new].unique()) / (CELLS - len(cells)), None
         share("in other cells", new)
     if "latents" in some:
         latent, shape = some["to training"], some["shape to training"]
@@ -285,7 +288,7 @@ def held_out_codes(model, config, unseen, device):
     else:
         photos = read_photos(config.data, model.config.size, config.fits)
     N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
-    file = Path(config.fresh, f"fits_{fingerprint(model):.4f}.pt")
+    file = Path(config.cache, f"fits_{fingerprint(model):.4f}.pt")
     if file.exists() and len(load_checkpoint(file)) >= N:
         return load_checkpoint(file)[:N].to(device)
     print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
@@ -430,7 +433,7 @@ def main(argv=None):
         # Three sets of fresh objects: to compare with, to be compared, and to fit codes to (the first, so
         # that they are the same for any count)
         n = config.fits
-        run = Run(config.fresh, config, ("seed", "readings", "reader_steps"), name="fresh.json")
+        run = Run(config.cache, config, ("seed", "readings", "reader_steps"), name="fresh.json")
         run.lock.close()                   # two evaluations may share it: they make the same, file by file
         reader = train_reader(config, run, device)
         numbers = range(n + 2 * count)

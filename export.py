@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autodecoder import GAIN, kinds_of, load_autodecoder
-from common import UserError, atomic_file, grid, parse_config, pick_device, save_picture
+from common import UserError, atomic_file, grid, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of, sample
 from sample import cameras, load_models, nearest, render_views
 from volume_render import EMPTY, composite, either, lookup
@@ -262,7 +262,7 @@ def page_objects(model, latents, labels, notes, most=64):
 def data_uri(rgb, alpha):
     """A picture on white -> on nothing, so that it suits a dark page too"""
     rgb = (rgb - 1 + alpha[..., None]) / alpha.clamp(min=1 / 255)[..., None]
-    pixels = (torch.cat([rgb, alpha[..., None]], -1).clamp(0, 1) * 255).round().byte().numpy()
+    pixels = to_bytes(torch.cat([rgb, alpha[..., None]], -1)).numpy()
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "WEBP", quality=80, method=1)
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
@@ -282,7 +282,7 @@ def write_page(path, title, about, sets, objects, samples):
 def sheet(model, latents, columns, size=96):
     """One view of each -> (rows,columns) of them, bytes"""
     rgb = render_views(model, latents, cameras([ANGLE]), size)[0][:, 0]
-    return grid((rgb.clamp(0, 1) * 255).round().byte(), columns)
+    return grid(to_bytes(rgb), columns)
 
 
 def turntable(model, latents, frames, size):
@@ -290,7 +290,7 @@ def turntable(model, latents, frames, size):
     poses = cameras([(ANGLE[0] + 360 * k / frames, 20) for k in range(frames)])
     columns, turns = -(-len(latents) // -(-len(latents) // 4)), []                # rows of four or less, even
     for k, latent in enumerate(latents):
-        turns.append((render_views(model, latent[None], poses, size)[0][0].clamp(0, 1) * 255).round().byte())
+        turns.append(to_bytes(render_views(model, latent[None], poses, size)[0][0]))
         print(f"turntable {k + 1}/{len(latents)}", flush=True)
     return [Image.fromarray(grid(frame, columns)) for frame in torch.stack(turns, 1)]
 

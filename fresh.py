@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import earphones
-from common import atomic_file, load_checkpoint
+from common import atomic_file, load_checkpoint, to_bytes
 from meshes import load_obj
 from render_shapenet import camera_to_world_at, intrinsics_at, rasterize, to_world, worker_setup
 from sample import cameras
@@ -40,9 +40,7 @@ CORNERS = [(72 * k + 36 * (height > 0) + 17, height)
 FIRST = (6, 14, 0, 15, 18, 2, 3, 4)
 AROUND = [CORNERS[k] for k in (*FIRST, *(k for k in range(20) if k not in FIRST))]
 FACTORS = {"kind": earphones.KINDS, "palette": tuple(earphones.PALETTES), "part": earphones.PARTS}
-CELLS = [(a, b, c) for a in range(4) for b in range(7) for c in range(3)]
-UNSEEN = torch.tensor([earphones.held_out(earphones.KINDS[a], FACTORS["palette"][b], earphones.PARTS[c])
-                       for a, b, c in CELLS])
+CELLS = math.prod(len(values) for values in FACTORS.values())
 
 
 # ----------------------------------------------------------------------------------------- seeing objects
@@ -57,8 +55,8 @@ def cloud(origins, directions, depth, seen, count):
     return points[order.repeat(-(-count // len(points)))[:count]]
 
 
-def rays_around(count=len(AROUND)):
-    return camera_rays(cameras(AROUND[:count]), intrinsics_at(PIXELS, 131.25).float(), PIXELS)
+def rays_around():
+    return camera_rays(cameras(AROUND), intrinsics_at(PIXELS, 131.25).float(), PIXELS)
 
 
 def labels(factors):
@@ -74,9 +72,9 @@ def see_object(split, index, seed, views, points):
     K, seen = intrinsics_at(PIXELS, 131.25), []
     for azimuth, elevation in AROUND if points else AROUND[:views]:
         seen.append(rasterize(mesh, camera_to_world_at(azimuth, elevation, 1.3), K, PIXELS, 2))
-    rgb, coverage_, depth = (torch.stack(some) for some in zip(*seen))
+    rgb, coverage, depth = (torch.stack(some) for some in zip(*seen))
     hit = depth.isfinite().flatten(1)
-    one = {"rgb": (rgb[:views] * 255).round().byte(), "mask": (coverage_[:views] * 255).round().byte(),
+    one = {"rgb": to_bytes(rgb[:views]), "mask": to_bytes(coverage[:views]),
            "points": cloud(*rays_around(), depth.flatten(1), hit, points) if points else torch.zeros(0, 3),
            "true labels": labels(factors),
            "colours": torch.tensor(factors["body"] + factors["pad"] + factors["accent"])}
@@ -180,7 +178,7 @@ def read(reader, rgb):
 
 
 def cell_of(labels):
-    """(N,3) -> (N,): which of the 84 cells"""
+    """(N,3) -> (N,): which of the CELLS"""
     return (labels * torch.tensor([21, 3, 1])).sum(1)
 
 

@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from autodecoder import (build_autodecoder, depth_picture, kinds_of, largest_piece, load_autodecoder,
-                         voxel_opacity)
+                         save_preview, voxel_opacity)
 from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, load_stage, parse_config,
-                    pick_device, save_picture)
+                    pick_device, save_picture, to_bytes)
 from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
 from render_shapenet import camera_to_world_at, intrinsics_at, write_intrinsics, write_view
 from volume_render import camera_rays, occupancy, render
@@ -91,13 +91,12 @@ def pack(config):
     folder = config.autodecoder or second["config"]["autodecoder"]
     first = load_stage(folder, "stage 1's model", "autodecoder.py")
     small = lambda tensors: {name: t.half() if t.numel() > 10_000 else t for name, t in tensors.items()}
-    network = small(averaged(second))
     rest = {name: t for name, t in second["denoiser"].items() if not name.startswith("network.")}
-    rest = small(rest) | {f"network.{name}": t for name, t in network.items()}
     kept = {key: second[key] for key in ("config", "shape", "components", "planes", "autodecoder")}
     known = {"config": first["config"], "names": first["names"], "model": small(first["model"])}
     state = {"autodecoder": known,
-             "diffusion": kept | {"denoiser": rest, "ema": network, "best": {"ema": None}}}
+             "diffusion": kept | {"denoiser": small(rest), "ema": small(averaged(second)),
+                                   "best": {"ema": None}}}
     with atomic_file(config.pack) as temporary:
         torch.save(state, temporary)
     print(f"wrote {config.pack}: {Path(config.pack).stat().st_size / 1e6:.1f} MB")
@@ -228,7 +227,7 @@ def contact_sheet(views, rows, seeds, trained, names):
         row["nearest_by_picture"] = by_picture
         for column, (picture, caption) in enumerate(zip(pictures, captions)):
             x, y = column * (tile + gap), strip + k * height
-            pixels = (picture.clamp(0, 1) * 255).round().byte().numpy()
+            pixels = to_bytes(picture).numpy()
             sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.NEAREST), (x, y))
             pen.text((x + 2, y + tile), caption, fill="black")
     return np.asarray(sheet)
@@ -238,8 +237,7 @@ def beside(rgb, seeds, device):
     """First views of some samples of ours (B,H,W,3), and in a second row those of the model in the box"""
     model, _, denoiser = unpack(PRETRAINED, device)
     theirs = render_views(model, sample(denoiser, seeds), cameras(ANGLES[:1]), SIZE)[0][:, 0]
-    both = (torch.cat([rgb, theirs]).clamp(0, 1) * 255).round().byte()
-    return grid(both.repeat_interleave(2, 1).repeat_interleave(2, 2), len(rgb))
+    return to_bytes(torch.stack([rgb, theirs]))
 
 
 def write_sample(folder, model, latent, config):
@@ -307,12 +305,12 @@ def main(argv=None):
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps({"config": asdict(config), "names": names, "rows": rows}))
     if PRETRAINED.exists() and Path(config.diffusion, "last.pt").exists():
-        save_picture(out / "beside.png", beside(views["samples"][0][:8, 0], seeds[:8], device))
+        save_preview(out / "beside.png", beside(views["samples"][0][:8, 0], seeds[:8], device))
     for k, latent in enumerate(latents) if config.views else ():
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
         if k == 0:                         # the paper's Figure 3: a new object from cameras all around it
-            some = turn[torch.linspace(0, config.views, 9)[:8].long()].clamp(0, 1)
-            save_picture(out / "figure3.png", grid((some * 255).round().byte(), 8))
+            some = turn[torch.linspace(0, config.views, 9)[:8].long()]
+            save_picture(out / "figure3.png", grid(to_bytes(some), 8))
     from export import write_gallery
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
                   denoiser, (config.seed, config.seed + 1), config.steps)

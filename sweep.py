@@ -10,7 +10,7 @@ minutes, and evaluate.py's numbers; a figure and a table are made of what is don
     code            stage 1 with noise on the latents and a penalty on foggy mixtures, on and off: judged by
                     what stage 2 makes of its latents
 
-out  runs/sweep/NAME/     table.md, figure.png; a folder for each run
+out  runs/sweep/NAME/     table.md, figure.png; in stage1/ and stage2/ beside it a folder for each run
 run  python sweep.py mix                 the same command again goes on where it stopped
      python sweep.py objects --hours 1
 read SWEEPS, one_run, main.
@@ -25,7 +25,7 @@ import autodecoder
 import diffusion
 import evaluate
 import render_shapenet
-from common import UserError, atomic_file, new_figure, parse_config, save_figure
+from common import Run, UserError, atomic_file, new_figure, parse_config, save_figure
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Config:
     points: int = 512                    # on each shape
     fits: int = 32                       # fresh objects that codes are fitted to
     seeds: int = 1                       # trainings of stage 2 for each choice
-    fresh: str = "runs/fresh"            # evaluate.py's folder of fresh objects
+    cache: str = "runs/fresh"            # evaluate.py's folder of fresh objects
     stages: str = "cpu"                  # cpu | gpu | smoke: the preset of every stage
     device: str = "auto"                 # auto, cpu or cuda
 
@@ -79,7 +79,7 @@ def one_run(config, first, second, seed):
         if not (stage2 / "curve.png").exists():
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
                                      **second))
-        numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "fresh")}
+        numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "cache")}
         evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
                                                    reconstructions=0, **numbers)])
     row = json.loads(tables.read_text())["rows"]
@@ -93,6 +93,9 @@ def main(argv=None):
     config = parse_config(Config, argv=argv[1:] if name else argv)
     if name not in SWEEPS:
         raise UserError(f"which sweep?  python sweep.py NAME, where NAME is one of {', '.join(SWEEPS)}")
+    # Runs of other sizes do not belong in the same figure
+    recipe = ("data", "steps1", "steps2", "count", "points", "fits", "stages")
+    Run(config.out, config, recipe, name="sweep.json").lock.close()
     if not Path(config.data).exists():
         print(f"{config.data} is not there: making 256 objects first")
         render_shapenet.main(["--out", config.data, "--objects", "256", "--val_objects", "0"])

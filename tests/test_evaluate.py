@@ -162,7 +162,7 @@ def test_points_of_a_mesh_lie_on_it_and_the_cameras_stand_all_around():
 
 
 def test_the_reader_learns_what_it_is_shown(tmp_path):
-    config = stage.Config(readings=6, reader_steps=120, fresh=str(tmp_path))
+    config = stage.Config(readings=6, reader_steps=120, cache=str(tmp_path))
     run = stage.Run(tmp_path, config, ("seed",))
     reader = fresh.train_reader(config, run, torch.device("cpu"))
     seen = fresh.see_objects(tmp_path / "readings.pt", "test", range(72, 78), config, 4, 0, run)
@@ -181,7 +181,7 @@ def arguments(trained, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--device", "cpu",
                     "--out", str(folder / "diffusion")])
-    return ["--preset", "smoke", "--diffusion", str(folder / "diffusion"), "--fresh", str(folder / "fresh"),
+    return ["--preset", "smoke", "--diffusion", str(folder / "diffusion"), "--cache", str(folder / "fresh"),
             "--data", str(data / "earphones_test"), "--out", str(folder / "out"), "--device", "cpu"]
 
 
@@ -220,7 +220,7 @@ def test_without_fresh_objects_the_table_says_so(data, tmp_path):
                     "--device", "cpu", "--out", str(tmp_path / "diffusion")])
     stage.main(["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--device", "cpu",
                 "--data", str(data / "earphones_test"), "--out", str(tmp_path / "out"),
-                "--fresh", str(tmp_path / "fresh")])
+                "--cache", str(tmp_path / "fresh")])
     text = (tmp_path / "out/tables.md").read_text()
     assert "is not defined" in text and "to photos" in text and "noise" not in text
 
@@ -240,8 +240,8 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
     render_shapenet.main(["--out", photos, "--objects", "3", "--val_objects", "0", "--test_objects", "0",
                           "--views", "2", "--holdout_views", "8", "--size", "32", "--workers", "1"])
     flags = ["mix", "--stages", "smoke", "--data", photos, "--out", str(tmp_path), "--steps1", "4",
-             "--steps2", "4", "--count", "6", "--points", "64", "--fits", "4", "--device", "cpu", "--fresh",
-             arguments[arguments.index("--fresh") + 1]]
+             "--steps2", "4", "--count", "6", "--points", "64", "--fits", "4", "--device", "cpu", "--cache",
+             arguments[arguments.index("--cache") + 1]]
     with pytest.raises(UserError, match="--hours 0 are over, 0 runs done"):
         sweep.main([*flags, "--hours", "0"])
     sweep.main(flags)
@@ -250,5 +250,7 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     sweep.main(flags)                                                             # all is there already
     assert "step" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="was made with --steps2 4, not 5"):
+        sweep.main([*flags, "--steps2", "5"])
     with pytest.raises(UserError, match="which sweep.*objects, normalization"):
         sweep.main(["mixx"])
