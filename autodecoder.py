@@ -14,7 +14,7 @@ run  python autodecoder.py                                       72 objects: 31.
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB, Figure 2
      python autodecoder.py --fit data/earphones_test --views 2       new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
-read Config, Autodecoder, draw_batch, reconstruction_loss, fit_codes, main.
+read Config, draw_batch, reconstruction_loss, fit_codes, main; and decoder.py.
 """
 import json
 import math
@@ -30,6 +30,9 @@ import torch.nn.functional as F
 import render_shapenet
 from common import (Run, UserError, atomic_file, grid, load_stage, new_figure, parse_config, pick_device,
                     plot_log, save_figure, save_picture, to_bytes)
+from decoder import Autodecoder, fast_precision
+from metrics import largest_piece, psnr
+from photos import read_photos
 from volume_render import camera_rays, density, occupancy, render
 
 
@@ -107,155 +110,6 @@ PRESETS = {
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "fit", "views", "fit_objects",
         "fit_steps", "fit_lr", "fit_decay")
 RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
-GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
-BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
-
-
-# ------------------------------------------------------------------------------------------------- decoder
-
-class Block(nn.Module):
-    """Two 3^n convolutions, each after a norm and a nonlinearity, around a skip.
-
-    With "position concatenation" the first also sees where each voxel is.  The convolution of a concatenation
-    is the sum of two convolutions: the coordinates', the same for all objects, is done once and added."""
-
-    def __init__(self, inner, outer, Conv, with_coordinates=True):
-        super().__init__()
-        # One group: on a CPU, with channels last, eight groups make the norm's gradient 20 times slower
-        self.norm1, self.norm2 = nn.GroupNorm(1, inner), nn.GroupNorm(1, outer)
-        self.conv1, self.conv2 = Conv(inner, outer, 3, padding=1), Conv(outer, outer, 3, padding=1)
-        axes = 3 if Conv is nn.Conv3d else 2
-        self.where = Conv(axes, outer, 3, padding=1, bias=False) if with_coordinates else None
-        self.skip = Conv(inner, outer, 1) if inner != outer else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.where(coordinates(x)) if self.where else h
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-def coordinates(x):
-    """x (B,C,...) -> (1,dims,...) in [-1, 1]: for each voxel where it is, x first."""
-    axes = [(torch.arange(n, device=x.device, dtype=x.dtype) + 0.5) / n * 2 - 1 for n in x.shape[2:]]
-    return packed(torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1])[None])
-
-
-def packed(x):
-    """Channels last in memory: halves the time of 3D convolutions on a CPU."""
-    return x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
-
-
-def resize(x, size):
-    mode = "bilinear" if x.dim() == 4 else "trilinear"
-    return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * (x.dim() - 2), mode=mode)
-
-
-def unfold_children(x, width):
-    """(B,8C,n,n,n) -> (B,C,2n,2n,2n): eight channels become the halves of each axis; in 2D, four"""
-    B, _, *n = x.shape
-    axes = len(n)
-    x = x.view(B, width, *[2] * axes, *n)
-    order = [d for a in range(axes) for d in (2 + axes + a, 2 + a)]                # n, 2, n, 2, n, 2
-    return x.permute(0, 1, *order).reshape(B, width, *[2 * k for k in n])
-
-
-class Attention(nn.Module):
-    """Every voxel asks every other: 3DADM's, at 8^3, where there are 512 of them."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.qkv = nn.GroupNorm(1, width), nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)                                            # begins as the identity
-
-    def forward(self, x):
-        B, C = x.shape[:2]
-        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))                    # (B,DHW,3C)
-        q, k, v = qkv.view(B, -1, 3, 4, C // 4).permute(2, 0, 3, 1, 4)             # (B,4,DHW,C/4) each
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, -1, C)
-        return x + self.out(h).transpose(1, 2).reshape(x.shape)
-
-
-class Autodecoder(nn.Module):
-    """codes (N,code_width);  to_latent = G1: code -> latent;  to_volume = G2: latent -> volume;  field: what
-    a sample sees.
-
-    In the 2d mode the latent is three planes (B,3,C,r,r), decoded by 2D convolutions and spread into a
-    volume as the sum V(x,y,z) = xy(x,y) + xz(x,z) + yz(y,z): trilinear lookup in that sum *is* bilinear
-    lookup in the planes, so that one renderer serves both."""
-
-    def __init__(self, config, objects):
-        super().__init__()
-        self.config, self.planes = config, config.grid == "2d"
-        Conv, dims = (nn.Conv2d, 2) if self.planes else (nn.Conv3d, 3)
-        widths = [int(width) for width in config.channels.split(",")]
-        first, copies = widths[0], 3 if self.planes else 1
-        block = lambda width: Block(width, width, Conv, config.coordinates)
-        # G1: a code is spread over 4^3 voxels; a latent grid begins at its own resolution
-        self.start = (4 if config.latent == "code" else config.latent_resolution,) * dims
-        numbers = config.code_width if config.latent == "code" else copies * 8 * self.start[0] ** dims
-        self.codes = nn.Parameter(0.1 * torch.randn(objects, numbers))
-        self.spread = (nn.Linear(numbers, copies * first * self.start[0] ** dims) if config.latent == "code"
-                       else Conv(8, first, 1))
-        self.g1 = nn.Sequential(block(first), Conv(first, config.latent_channels, 1))
-        # G2: each level but the first narrows before it doubles the resolution: the finest costs the most
-        self.enter = Conv(config.latent_channels, first, 3, padding=1)
-        level = lambda width: nn.Sequential(*[block(width) for _ in range(config.blocks)])
-        self.levels = nn.ModuleList([level(width) for width in widths])
-        self.narrow = nn.ModuleList([Conv(a, b, 1) for a, b in zip(widths, widths[1:])])
-        if config.attention:
-            self.levels[0].append(Attention(first))
-        # The volume: density and three colours, or the features that the MLP reads with the position
-        self.width = config.features if config.head == "mlp" else 4
-        self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(),
-                                   Conv(widths[-1], self.width * config.children ** dims, 3, padding=1))
-        if config.head == "mlp":
-            seen, w = config.features + 3 + 6 * config.bands, config.mlp_width
-            self.mlp = nn.Sequential(nn.Linear(seen, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU(),
-                                     nn.Linear(w, 4))
-        with torch.no_grad():
-            born = self.mlp[-1].bias[:1] if config.head == "mlp" else self.leave[-1].bias.view(4, -1)[0]
-            born.fill_(BORN)
-
-    def to_latent(self, codes):
-        """(B,code_width) -> (B,C,r,r,r), or (B,3,C,r,r) for planes"""
-        x = self.spread(codes if self.config.latent == "code" else codes.view(-1, 8, *self.start))
-        x = x.reshape(-1, self.enter.out_channels, *self.start)
-        x = self.g1(packed(resize(x, self.config.latent_resolution)))
-        return x.view(-1, 3, *x.shape[1:]) if self.planes else x
-
-    def to_volume(self, latent):
-        """-> (B,C,D,H,W) before activation"""
-        x = self.enter(packed(latent.flatten(0, 1) if self.planes else latent))
-        for k, level in enumerate(self.levels):
-            x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
-        x = self.leave(x)
-        x = unfold_children(x, self.width) if self.config.children == 2 else x
-        if self.planes:
-            xy, xz, yz = x.view(-1, 3, *x.shape[1:]).unbind(1)
-            x = xy[:, :, None] + xz[:, :, :, None] + yz[..., None]
-        return x.float()
-
-    def before_activation(self, channels, position):
-        """What was looked up (...,C), and where (...,3) -> density and three colours (...,4)"""
-        if self.config.head == "mlp":
-            octaves = math.pi * 2.0 ** torch.arange(self.config.bands, device=position.device)
-            angle = (position[..., None] * octaves).flatten(-2)
-            channels = self.mlp(torch.cat([channels, position, angle.sin(), angle.cos()], -1))
-        return channels
-
-    def field(self, channels, position):
-        """The same -> density (...), colour (...,3)"""
-        channels = self.before_activation(channels, position)
-        return F.softplus(GAIN * channels[..., 0]), torch.sigmoid(channels[..., 1:4])
-
-
-def fast_precision(config, device):
-    """The autocast that the decoder's convolutions run under: bf16 where the hardware has it."""
-    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    known = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu()
-    enabled = config.precision == "bf16" or config.precision == "auto" and known
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def load_autodecoder(folder, device="cpu"):
@@ -270,28 +124,6 @@ def build_autodecoder(state, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------- data
-
-class Photos:
-    """Photos of objects, in memory as bytes; and for each, which pixels are on or near the object."""
-
-    def __init__(self, rgb, mask, pose, intrinsics, names):
-        self.rgb, self.pose, self.intrinsics, self.names = rgb, pose, intrinsics, names
-        size = self.size = rgb.shape[2]
-        self.has_masks = mask is not None
-        self.mask = mask if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
-        flat = self.mask.flatten(0, 1)[:, None].float()                            # (BV,1,H,W)
-        near = F.max_pool2d(flat, 5, 1, 2).view(*self.mask.shape[:2], -1) > 0      # (B,V,HW)
-        self.near = near.flatten().nonzero()[:, 0] % size ** 2                     # pixels, photo after photo
-        self.near_count = near.sum(-1)                                             # (B,V)
-        self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
-
-
-def read_photos(folder, size, objects=0):
-    """The first `objects` of a folder, or all"""
-    *tensors, names = render_shapenet.load_photos(folder, size)
-    count = objects or len(names)
-    return Photos(*[t if t is None else t[:count] for t in tensors], names[:count])
-
 
 def kinds_of(folder, names):
     """A label for each object where the data has one: our earphones' kind"""
@@ -412,25 +244,6 @@ def render_view(model, volume, pose, K, size):
                                occupied=occupancy(volume, model.field),
                                transmittance=model.config.transmittance)
     return rgb.view(size, size, 3), alpha.view(size, size), depth.view(size, size)
-
-
-def psnr(picture, truth, mask=None):
-    """dB; over the pixels of a mask alone, if there is one.  Of many pictures average these, not errors."""
-    error = (picture - truth).square().mean(-1)
-    error = error[mask] if mask is not None else error
-    return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
-
-
-def largest_piece(solid):
-    """(D,H,W) bool -> the share of True voxels in the largest piece that hangs together (by corners too)"""
-    label = torch.arange(1.0, solid.numel() + 1, device=solid.device).view_as(solid) * solid
-    while True:                                                                    # the highest label spreads
-        spread = F.max_pool3d(label[None], 3, 1, 1)[0] * solid
-        if torch.equal(spread, label):
-            break
-        label = spread
-    counts = label[solid].unique(return_counts=True)[1]
-    return (counts.max() / counts.sum()).item() if len(counts) else math.nan
 
 
 MEASURES = ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg", "fog", "piece")

@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from autodecoder import GAIN, kinds_of, load_autodecoder
+from autodecoder import kinds_of, load_autodecoder
 from common import UserError, atomic_file, grid, parse_config, pick_device, save_picture, to_bytes
+from decoder import GAIN
 from diffusion import latents_of, sample
 from sample import cameras, load_models, nearest, render_views
 from volume_render import EMPTY, composite, either, lookup

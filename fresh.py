@@ -29,7 +29,8 @@ import torch.nn.functional as F
 import earphones
 from common import atomic_file, load_checkpoint, to_bytes
 from meshes import load_obj
-from render_shapenet import camera_to_world_at, intrinsics_at, rasterize, to_world, worker_setup
+from rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
+from render_shapenet import worker_setup
 from sample import cameras
 from volume_render import camera_rays
 

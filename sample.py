@@ -33,12 +33,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from autodecoder import (build_autodecoder, depth_picture, kinds_of, largest_piece, load_autodecoder,
-                         save_preview, voxel_opacity)
+from autodecoder import (build_autodecoder, depth_picture, kinds_of, load_autodecoder, save_preview,
+                         voxel_opacity)
 from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, load_stage, parse_config,
                     pick_device, save_picture, to_bytes)
 from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
-from render_shapenet import camera_to_world_at, intrinsics_at, write_intrinsics, write_view
+from metrics import largest_piece
+from photos import write_intrinsics, write_view
+from rasterizer import camera_to_world_at, intrinsics_at
 from volume_render import camera_rays, occupancy, render
 
 

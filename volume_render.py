@@ -243,7 +243,7 @@ def headphones(resolution, sharpness):
 
 
 def main(argv=None):
-    from render_shapenet import camera_to_world_at, intrinsics_at
+    from rasterizer import camera_to_world_at, intrinsics_at
     config = parse_config(Config, argv=argv)
     device = pick_device(config.device)
     volume = headphones(config.resolution, config.sharpness).to(device)

@@ -25,6 +25,8 @@ import autodecoder
 import export
 import render_shapenet as stage
 from meshes import Mesh, load_obj
+from metrics import psnr as psnr_of
+from photos import read_photos
 from volume_render import camera_rays, occupancy, render, voxel_field
 
 
@@ -103,7 +105,7 @@ def export_rows(folder):
     """What meshes and the page cost, on one core, and what they lose: of nine objects, spread over all"""
     torch.set_num_threads(1)
     model, names = autodecoder.load_autodecoder(folder)
-    photos = autodecoder.read_photos(model.config.data, model.config.size, len(names))
+    photos = read_photos(model.config.data, model.config.size, len(names))
     cpu = torch.device("cpu")
     chosen = np.linspace(0, len(names) - 1, min(9, len(names))).round().astype(int).tolist()
     volumes = [autodecoder.decode(model, model.codes[o], cpu) for o in chosen]
@@ -130,7 +132,7 @@ def export_rows(folder):
             pictures = {"volume": seen(volume, model.field)}
             pictures |= {name: seen(baked[None], voxel_field) for name, baked in (finer | stored).items()}
             for name, picture in pictures.items():
-                pair = autodecoder.psnr(picture, truth), autodecoder.psnr(picture, pictures["volume"])
+                pair = psnr_of(picture, truth), psnr_of(picture, pictures["volume"])
                 psnr.setdefault(name, []).append(pair)
     for name, pairs in psnr.items():
         to_photo, to_volume = np.mean(pairs, 0)

@@ -16,8 +16,11 @@ from PIL import Image
 
 import autodecoder as stage
 import common
+import decoder
+import metrics
 from common import UserError
 from conftest import SMOKE, train
+from photos import read_photos
 
 ROOT = Path(__file__).parent.parent
 # ---- the model ----
@@ -37,7 +40,7 @@ def test_every_knob_decodes_and_learns(change, latent, volume):
     config = replace(stage.Config(), channels="16,16", children=1, code_width=12, precision="float32")
     config = replace(config, **change)
     torch.manual_seed(0)
-    model = stage.Autodecoder(config, 3)
+    model = decoder.Autodecoder(config, 3)
     z = model.to_latent(model.codes[:2])
     v = model.to_volume(z)
     assert z.shape == latent and v.shape == volume
@@ -53,25 +56,25 @@ def test_every_knob_decodes_and_learns(change, latent, volume):
 
 
 def test_adding_the_coordinates_is_concatenating_them():
-    block = stage.Block(8, 8, torch.nn.Conv3d)
+    block = decoder.Block(8, 8, torch.nn.Conv3d)
     x = torch.randn(2, 8, 4, 4, 4)
     h = torch.nn.functional.silu(block.norm1(x))
     joined = torch.nn.functional.conv3d(
-        torch.cat([h, stage.coordinates(x).expand(2, -1, -1, -1, -1)], 1),
+        torch.cat([h, decoder.coordinates(x).expand(2, -1, -1, -1, -1)], 1),
         torch.cat([block.conv1.weight, block.where.weight], 1), block.conv1.bias, padding=1)
     expected = x + block.conv2(torch.nn.functional.silu(block.norm2(joined)))
     assert (block(x) - expected).abs().max() < 1e-5
-    where = stage.coordinates(x)[0]
+    where = decoder.coordinates(x)[0]
     assert where[0, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]         # x along W
     assert where[2, :, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]      # z along D
 
 
 def test_children_take_their_places():
     x = torch.arange(16.0).view(1, 16, 1, 1, 1)                  # two channels of eight children of one voxel
-    volume = stage.unfold_children(x, 2)
+    volume = decoder.unfold_children(x, 2)
     assert volume.shape == (1, 2, 2, 2, 2)
     assert volume[0, 1, 0, 1, 1] == 8 + 3 and volume[0, 0, 1, 0, 0] == 4
-    planes = stage.unfold_children(torch.arange(24.0).view(1, 4, 3, 2), 1)
+    planes = decoder.unfold_children(torch.arange(24.0).view(1, 4, 3, 2), 1)
     assert planes.shape == (1, 1, 6, 4)
     assert planes[0, 0, 0, :2].tolist() == [0, 6] and planes[0, 0, 1, :2].tolist() == [12, 18]
 
@@ -80,14 +83,14 @@ def test_the_largest_piece():
     solid = torch.zeros(6, 6, 6, dtype=torch.bool)
     solid[0, 0, :4] = solid[1, 1, 4] = True                      # five that hang together, by a corner
     solid[4, 4, 4] = True
-    assert abs(stage.largest_piece(solid) - 5 / 6) < 1e-6
+    assert abs(metrics.largest_piece(solid) - 5 / 6) < 1e-6
 
 
 def test_psnr_by_hand():
     picture, truth = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
     picture[0, 0] = 0.5
-    assert abs(stage.psnr(picture, truth) - 12.0412) < 1e-3      # 10 log10 of 1 / (0.25 / 4)
-    assert abs(stage.psnr(picture, truth, torch.tensor([[True, True], [False, False]])) - 9.0309) < 1e-3
+    assert abs(metrics.psnr(picture, truth) - 12.0412) < 1e-3      # 10 log10 of 1 / (0.25 / 4)
+    assert abs(metrics.psnr(picture, truth, torch.tensor([[True, True], [False, False]])) - 9.0309) < 1e-3
 
 
 def test_planes_summed_into_a_volume_are_planes():
@@ -105,7 +108,7 @@ def test_planes_summed_into_a_volume_are_planes():
 def test_batches_are_the_photos(data):
     """Each ray of a batch, sent through the whole-photo rays, is the pixel that it claims to be; half are
     near the object."""
-    photos = stage.read_photos(data / "earphones_train", 32)
+    photos = read_photos(data / "earphones_train", 32)
     config = replace(stage.Config(), rays=400, batch_objects=2)
     views = torch.arange(4)
     generator = torch.Generator().manual_seed(0)
@@ -222,9 +225,9 @@ def test_fit_recovers_a_known_code(data):
     torch.manual_seed(0)
     config = replace(stage.Config(), channels="16,16", code_width=8, samples=24, rays=512, fit_steps=60,
                      precision="float32")
-    model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
+    model = decoder.Autodecoder(config, 3).eval().requires_grad_(False)
     model.codes *= 30                               # an untrained decoder, driven hard, makes coloured clouds
-    photos = stage.read_photos(data / "earphones_train", 32, 1)
+    photos = read_photos(data / "earphones_train", 32, 1)
     volume = model.to_volume(model.to_latent((0.2 * model.codes[0] + 0.8 * model.codes[1])[None]))
     for v in range(6):
         rgb, alpha, _ = stage.render_view(model, volume, photos.pose[0, v], photos.intrinsics[0], 32)

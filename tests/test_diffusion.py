@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 import common
+import denoiser as denoisers
 import diffusion as stage
+import noise as noises
 import render_shapenet
 import sample
 from common import UserError
@@ -50,10 +52,10 @@ def fitted(latents, steps, seed=0, **options):
     config = replace(stage.Config(), **{"width": 128, "layers": 1, "components": 64, "batch": 64, **options})
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    denoiser = stage.Denoiser(config, latents.shape[1:], min(config.components, len(latents)))
+    denoiser = denoisers.Denoiser(config, latents.shape[1:], min(config.components, len(latents)))
     denoiser.fit(latents, latents[:0], g)
     data, optimizer = denoiser.encode(latents), torch.optim.Adam(denoiser.network.parameters(), 2e-3)
-    loss_of = stage.edm_loss if config.formulation == "edm" else stage.ddpm_loss
+    loss_of = noises.edm_loss if config.formulation == "edm" else noises.ddpm_loss
     for _ in range(steps):
         z = data[torch.randint(len(data), (config.batch,), generator=g)]
         u = (torch.arange(len(z)) + torch.rand(len(z), generator=g)) / len(z)
@@ -70,7 +72,7 @@ def test_robust_norm_is_the_formula_and_inverts():
     latents = torch.randn(20, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1.0, 5, 0.1, 2]).view(4, 1, 1, 1) + torch.arange(27.0).view(3, 3, 3)
     for how in ("robust", "robust_global", "meanstd", "none"):
-        norm = stage.RobustNorm(latents.shape[1:], 3).fit(latents, how)
+        norm = denoisers.RobustNorm(latents.shape[1:], 3).fit(latents, how)
         assert torch.allclose(norm.denormalize(norm.normalize(latents)), latents, atol=1e-4)
         left = (latents - latents.mean(0)).numpy()
         for channel in range(4):
@@ -88,14 +90,14 @@ def test_outliers_do_not_move_the_robust_norm():
     latents = torch.randn(400, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     spoilt = latents.clone()
     spoilt.view(-1)[::1001] = 300.0
-    of = lambda x, how: stage.RobustNorm(x.shape[1:], 3).fit(x, how).scale.mean().item()
+    of = lambda x, how: denoisers.RobustNorm(x.shape[1:], 3).fit(x, how).scale.mean().item()
     assert of(spoilt, "robust") < 1.2 * of(latents, "robust")
     assert of(spoilt, "meanstd") > 8 * of(latents, "meanstd")
 
 
 def test_planes_are_normalised_channel_by_channel():
     latents = torch.randn(10, 3, 4, 5, 5) * torch.arange(1.0, 13).view(3, 4, 1, 1)
-    norm = stage.RobustNorm(latents.shape[1:], 2).fit(latents)
+    norm = denoisers.RobustNorm(latents.shape[1:], 2).fit(latents)
     assert norm.scale.shape == (3, 4, 1, 1)
     assert torch.allclose(norm.denormalize(norm.normalize(latents)), latents, atol=1e-3)
     assert (norm.scale.flatten() / torch.arange(1.0, 13) - 1).abs().max() < 0.4
@@ -108,7 +110,7 @@ def test_posterior_entropy_of_two_points():
     points = torch.zeros(2, 30)
     points[0, 3], points[1, 3] = 1.0, -1.0
     sigmas = [0.05, 0.7, 2.0, 500.0]
-    ours = stage.posterior_entropy(points, sigmas, torch.Generator().manual_seed(0), draws=20000)
+    ours = noises.posterior_entropy(points, sigmas, torch.Generator().manual_seed(0), draws=20000)
     for sigma, value in zip(sigmas, ours):
         x = np.linspace(1 - 8 * sigma, 1 + 8 * sigma, 20001)
         density = np.exp(-((x - 1) / sigma) ** 2 / 2) / (sigma * math.sqrt(2 * math.pi))
@@ -122,16 +124,16 @@ def test_levels_are_where_the_choice_is():
     points = denoiser.encode(low_rank(40))
     u = torch.linspace(0, 1, 101)
     sigma = denoiser.sigma(u)
-    entropy = stage.posterior_entropy(points, sigma.tolist(), torch.Generator().manual_seed(1))
+    entropy = noises.posterior_entropy(points, sigma.tolist(), torch.Generator().manual_seed(1))
     assert (sigma.diff() > 0).all() and entropy[0] < 0.01 and entropy[-1] > 0.9
     between = ((entropy > 0.02) & (entropy < 0.9)).float().mean()
     evenly = torch.linspace(sigma[0].log(), sigma[-1].log(), 101).exp()
-    entropy = stage.posterior_entropy(points, evenly.tolist(), torch.Generator().manual_seed(1))
+    entropy = noises.posterior_entropy(points, evenly.tolist(), torch.Generator().manual_seed(1))
     assert between > 1.3 * ((entropy > 0.02) & (entropy < 0.9)).float().mean()
 
 
 def test_noise_embedding_golden():
-    found = stage.noise_embedding(torch.tensor([0.25]), 6)[0]
+    found = denoisers.noise_embedding(torch.tensor([0.25]), 6)[0]
     frequency = [100.0, 10.0, 1.0]
     expected = [*(math.sin(0.25 * f) for f in frequency), *(math.cos(0.25 * f) for f in frequency)]
     assert np.allclose(found, expected, atol=1e-5)
@@ -145,12 +147,12 @@ def test_preconditioning_gives_unit_variance():
     deviation = torch.tensor([30.0, 3.0, 0.2])
     z, noise = deviation * torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g)
     for sigma in (0.1, 1.0, 20.0, 300.0):
-        c_skip, c_out, c_in = stage.precondition(torch.tensor(sigma), deviation)
+        c_skip, c_out, c_in = noises.precondition(torch.tensor(sigma), deviation)
         x = z + sigma * noise
         assert ((c_in * x).std(0) - 1).abs().max() < 0.01
         assert (((z - c_skip * x) / c_out).std(0) - 1).abs().max() < 0.01
     # with one deviation for all: the table of Karras et al.
-    c_skip, c_out, c_in = stage.precondition(torch.tensor(2.0), torch.tensor(0.5))
+    c_skip, c_out, c_in = noises.precondition(torch.tensor(2.0), torch.tensor(0.5))
     expected = torch.tensor([0.25 / 4.25, 1 / 4.25 ** 0.5, 1 / 4.25 ** 0.5])
     assert torch.allclose(torch.stack([c_skip, c_out, c_in]), expected)
 
@@ -167,7 +169,7 @@ def test_heun_converges_at_second_order_on_a_gaussian():
     for steps in (16, 32, 64):
         generators = [torch.Generator().manual_seed(k) for k in range(8)]
         start = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(k)) for k in range(8)])
-        ours = stage.edm_sample(ideal(deviation), generators, (3,), steps)
+        ours = noises.edm_sample(ideal(deviation), generators, (3,), steps)
         errors.append((ours / (start * deviation) - 1).abs().max().item())
     assert 2.8 < errors[0] / errors[1] < 6 and errors[1] / errors[2] > 2.5, errors
 
@@ -175,9 +177,9 @@ def test_heun_converges_at_second_order_on_a_gaussian():
 def test_ddpm_by_hand():
     beta = np.linspace(1e-4, 0.02, 1000)
     alpha_bar = np.cumprod(1 - beta)
-    assert np.allclose(stage.ddpm_schedule(1), alpha_bar, rtol=1e-12)
+    assert np.allclose(noises.ddpm_schedule(1), alpha_bar, rtol=1e-12)
     # 7 x the noise for the same signal
-    shifted = stage.ddpm_schedule(7.0).numpy()
+    shifted = noises.ddpm_schedule(7.0).numpy()
     assert np.allclose((1 - shifted) / shifted, 49 * (1 - alpha_bar) / alpha_bar, rtol=1e-9)
     # one step, against Bayes' rule for numbers: q(x' | x, z) from q(x | x') q(x' | z)
     t, z, noise = 600, 1.3, -0.4
@@ -187,7 +189,7 @@ def test_ddpm_by_hand():
     precision = alpha / (1 - alpha) + 1 / (1 - before)
     mean = (math.sqrt(alpha) * x / (1 - alpha) + math.sqrt(before) * z / (1 - before)) / precision
     double = lambda value: torch.tensor(value, dtype=torch.float64)
-    ours, spread = stage.ddpm_step(double(x), double(noise), double(now), double(before))
+    ours, spread = noises.ddpm_step(double(x), double(noise), double(now), double(before))
     assert abs(ours.item() - mean) < 1e-12 and abs(spread.item() - precision ** -0.5) < 1e-12
     assert abs(alpha - (1 - beta[t])) < 1e-12
 
@@ -195,11 +197,11 @@ def test_ddpm_by_hand():
 def test_ddpm_samples_a_gaussian():
     """A network that says 0 leaves the best linear guess, ideal for a Gaussian: its variance comes out."""
     deviation = torch.tensor([3.0, 0.3])
-    denoiser = SimpleNamespace(deviation=deviation, alpha_bar=stage.ddpm_schedule(4.0))
+    denoiser = SimpleNamespace(deviation=deviation, alpha_bar=noises.ddpm_schedule(4.0))
 
     denoiser.network = lambda x, level: torch.zeros_like(x)
     generators = [torch.Generator().manual_seed(k) for k in range(20)]
-    x = stage.ddpm_sample(denoiser, generators, (100, 2)).view(-1, 2)
+    x = noises.ddpm_sample(denoiser, generators, (100, 2)).view(-1, 2)
     assert (x.std(0) / deviation - 1).abs().max() < 0.06 and (x.mean(0) / deviation).abs().max() < 0.07
 
 
@@ -207,7 +209,7 @@ def test_ddpm_samples_a_gaussian():
 def test_low_rank_latents_are_sampled_with_their_variance(formulation):
     latents = low_rank(300)
     denoiser = fitted(latents, 400, formulation=formulation)
-    samples = stage.sample(denoiser, range(200), 18 if formulation == "edm" else 200)
+    samples = denoisers.sample(denoiser, range(200), 18 if formulation == "edm" else 200)
     spread = lambda x: (x - latents.mean(0)).square().sum() / len(x)
     assert 0.8 < spread(samples) / spread(latents) < 1.2
     assert sample.outside_span(samples, latents).max() < 0.05
@@ -217,7 +219,7 @@ def test_a_denoiser_too_narrow_is_caught():
     """64 hidden numbers cannot take noise off 8,192: what is left shows outside the latents' span."""
     latents = low_rank(100)
     narrow = fitted(latents, 150, components=0, width=64)
-    assert sample.outside_span(stage.sample(narrow, range(16)), latents).median() > 0.2
+    assert sample.outside_span(denoisers.sample(narrow, range(16)), latents).median() > 0.2
 
 
 def test_latents_are_really_used():
@@ -226,7 +228,7 @@ def test_latents_are_really_used():
     latents, g = low_rank(100), torch.Generator().manual_seed(3)
     order = torch.rand(len(latents), latents[0].numel(), generator=g).argsort(0)
     shuffled = latents.flatten(1).gather(0, order).view_as(latents)
-    real, other = (sample.outside_span(stage.sample(fitted(some, 100), range(32)), latents).median()
+    real, other = (sample.outside_span(denoisers.sample(fitted(some, 100), range(32)), latents).median()
                    for some in (latents, shuffled))
     assert other > 0.5 and other > 5 * real
 
@@ -241,7 +243,7 @@ def test_latents_are_really_used():
     ({"denoiser": "unet", "channels": "8,16,24"}, (4, 8, 8, 8), 0)])
 def test_denoisers(options, shape, components):
     planes = len(shape) == 4 and shape[0] == 3
-    denoiser = stage.Denoiser(replace(stage.Config(), **options), shape, components, planes)
+    denoiser = denoisers.Denoiser(replace(stage.Config(), **options), shape, components, planes)
     count = sum(p.numel() for p in denoiser.network.parameters())
     assert count < 5e6
     x = denoiser.encode(torch.randn(2, *shape))
@@ -260,7 +262,7 @@ def test_denoisers(options, shape, components):
 
 def test_principal_components_are_orthonormal_and_enough():
     latents = low_rank(50)
-    basis = stage.principal((latents - latents.mean(0)).flatten(1), 6)
+    basis = denoisers.principal((latents - latents.mean(0)).flatten(1), 6)
     assert torch.allclose(basis @ basis.T, torch.eye(6), atol=1e-4)
     x = (latents - latents.mean(0)).flatten(1)
     assert (x - x @ basis.T @ basis).norm() < 1e-3 * x.norm()
@@ -303,8 +305,8 @@ def test_training_writes_and_samples(diffused, trained, tmp_path, capsys):
 
 def test_a_sample_is_the_same_in_any_batch(diffused):
     denoiser, _ = stage.load_denoiser(diffused)
-    together = stage.sample(denoiser, range(5, 12), 6)
-    alone = stage.sample(denoiser, [9], 6)
+    together = denoisers.sample(denoiser, range(5, 12), 6)
+    alone = denoisers.sample(denoiser, [9], 6)
     assert (together[4] - alone[0]).abs().max() < 1e-4 * together.abs().max()
     assert (together[4] - together[5]).abs().max() > 1e-2
 
@@ -314,7 +316,7 @@ def test_a_sample_is_the_same_in_any_batch(diffused):
 def test_each_variant_runs(trained, tmp_path, options):
     train(trained, tmp_path / "run", *options)
     denoiser, _ = stage.load_denoiser(tmp_path / "run")
-    assert stage.sample(denoiser, range(2), 4).isfinite().all()
+    assert denoisers.sample(denoiser, range(2), 4).isfinite().all()
 
 
 def weights(out):
@@ -362,8 +364,8 @@ def test_early_stopping_keeps_the_best(data, trained, tmp_path, capsys, monkeypa
 def test_held_out_loss_is_a_loss(diffused):
     denoiser, _ = stage.load_denoiser(diffused)
     latents = torch.randn(2, *denoiser.shape)
-    value = stage.held_out_loss(denoiser, stage.edm_loss, latents)
-    assert value == stage.held_out_loss(denoiser, stage.edm_loss, latents) and 0 < value < math.inf
+    value = stage.held_out_loss(denoiser, noises.edm_loss, latents)
+    assert value == stage.held_out_loss(denoiser, noises.edm_loss, latents) and 0 < value < math.inf
 
 
 # ---- what a user gets told ----
@@ -426,7 +428,7 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
     sample.main(["--diffusion", str(diffused), "--count", "2", "--views", "0"])
     assert f"{diffused}/last.pt" in capsys.readouterr().out and (tmp_path / "samples/beside.png").exists()
     both = [sample.load_models(sample.Config(diffusion=where), "cpu") for where in ("box.pt", str(diffused))]
-    a, b = (stage.sample(denoiser, [0, 1]) for _, _, denoiser in both)
+    a, b = (denoisers.sample(denoiser, [0, 1]) for _, _, denoiser in both)
     assert 0 < (a - b).norm() < 0.02 * b.norm()                                       # half precision
     told(lambda: sample.main(["--diffusion", str(diffused / "last.pt")]), "does not hold both models")
 

@@ -14,11 +14,13 @@ from PIL import Image
 
 import autodecoder
 import browser
+import decoder
 import diffusion
 import export as stage
+import noise
 import test_diffusion
 from common import UserError
-from render_shapenet import camera_to_world_at
+from rasterizer import camera_to_world_at
 from volume_render import camera_rays, headphones, render, voxel_field
 
 needs_chromium = pytest.mark.skipif(not browser.find(),
@@ -30,7 +32,7 @@ class Volumes(SimpleNamespace):
     config = autodecoder.Config(head="voxel", samples=48, data="data/earphones_train")
     to_volume = staticmethod(lambda latent: latent)
     before_activation = staticmethod(lambda channels, position: channels)
-    field = autodecoder.Autodecoder.field
+    field = decoder.Autodecoder.field
 
 
 def ball(n=40, radius=0.35, centre=(0.05, -0.02, 0.03)):
@@ -99,7 +101,7 @@ def test_what_reaches_the_cube_is_closed_on_its_faces():
 def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
     config = autodecoder.Config(head="mlp", channels="16", code_width=16)
     torch.manual_seed(0)
-    model = autodecoder.Autodecoder(config, 2).eval()
+    model = decoder.Autodecoder(config, 2).eval()
     with torch.no_grad():
         volume = model.to_volume(model.to_latent(model.codes[:1]))
         baked = stage.bake(model, volume, 24)
@@ -107,7 +109,7 @@ def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
         point = ((at + 0.5) / 24 - 0.5)[None, None]
         sigma, rgb = model.field(stage.lookup(volume, point), point)
     x, y, z = at.tolist()
-    assert (torch.nn.functional.softplus(autodecoder.GAIN * baked[0, z, y, x]) - sigma).abs().max() < 1e-5
+    assert (torch.nn.functional.softplus(decoder.GAIN * baked[0, z, y, x]) - sigma).abs().max() < 1e-5
     assert (baked[1:, z, y, x].sigmoid() - rgb[0, 0]).abs().max() < 1e-6
 
 
@@ -211,7 +213,7 @@ def test_another_reader_agrees(glb):
 def phones(n=32):
     """The analytic headphones as an autodecoder would hold them"""
     volume = headphones(n, 1500.0)
-    volume[:, 0] /= autodecoder.GAIN
+    volume[:, 0] /= decoder.GAIN
     return volume
 
 
@@ -458,8 +460,8 @@ def test_walks_and_denoising_end_at_the_samples(diffused):
     assert len(moments) == len(sigmas) == 4
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
     generators = (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1), 0.3)
-    assert abs(diffusion.noise(generators, (100_000,)).std() - 1) < 0.01
-    for sampler in (diffusion.edm_sample, diffusion.ddpm_sample):
+    assert abs(noise.noise(generators, (100_000,)).std() - 1) < 0.01
+    for sampler in (noise.edm_sample, noise.ddpm_sample):
         trace = []
         sampler(denoiser, [torch.Generator().manual_seed(0)], (len(denoiser.basis),), 6, trace)
         assert len(trace) == 6 and all(a[0] > b[0] for a, b in zip(trace, trace[1:]))

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import earphones
+import rasterizer
 import render_shapenet as stage
 from common import UserError
 from meshes import Mesh, load_obj
@@ -75,7 +76,7 @@ def test_against_a_plain_loop():
             best = (math.inf, None, None)
             for face in range(20):
                 corners = camera[mesh.faces[face]]
-                if corners[:, 2].min() < stage.NEAR:
+                if corners[:, 2].min() < rasterizer.NEAR:
                     continue
                 weights = torch.linalg.solve(corners.T, ray)              # ray = sum of weights times corners
                 if (weights >= 0).all() and 1 / weights.sum() < best[0]:
@@ -83,7 +84,7 @@ def test_against_a_plain_loop():
             assert (coverage[row, column] > 0) == (best[1] is not None)
             if best[1] is not None:
                 assert abs(depth[row, column] - best[0]) < 1e-5
-                colour = stage.surface_colour(mesh, torch.tensor([best[1]]), best[2][:, None])[0]
+                colour = rasterizer.surface_colour(mesh, torch.tensor([best[1]]), best[2][:, None])[0]
                 assert (rgb[row, column] - colour).abs().max() < 1e-3
 
 
@@ -138,7 +139,7 @@ def test_memory_is_bounded(monkeypatch):
     mesh, views = golden("golden_headphone")
     pose = stage.opencv_from_pytorch3d(views["R"][1], views["T"][1])
     whole = stage.rasterize(mesh, pose, views["K"][1], 128)
-    monkeypatch.setattr(stage, "SPAN_PIXELS", 300)
+    monkeypatch.setattr(rasterizer, "SPAN_PIXELS", 300)
     for a, b in zip(whole, stage.rasterize(mesh, pose, views["K"][1], 128)):
         assert torch.equal(a, b)
 

@@ -1,0 +1,240 @@
+"""
+Photos with known cameras on disk, in the layout of the SRN data, so that other people's loaders read ours and
+load_photos reads theirs:
+
+    <folder>/<object>/rgb/000000.png       RGB on white, or with an alpha channel
+                     /mask/000000.png      8-bit coverage, where there is one
+                     /pose/000000.txt      camera_to_world: 16 numbers, row-major, OpenCV axes
+                     /intrinsics.txt       "f cx cy 0." / "0. 0. 0." / "1." / "H W"
+
+Other people's data is never quite as announced: each reader checks what it reads, and says in one sentence
+which file is wrong, and how.
+
+read write_view, load_photos, read_pose, Photos.
+"""
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common import UserError, atomic_file, decode
+
+
+# ------------------------------------------------------------------------------------------------------ write
+
+def write_intrinsics(folder, K, size):
+    """The one file, and the three folders, of an object in the SRN layout"""
+    for sub in ("rgb", "mask", "pose"):
+        (folder / sub).mkdir()
+    f, cx, cy = K[0, 0].item(), K[0, 2].item(), K[1, 2].item()
+    (folder / "intrinsics.txt").write_text(f"{f} {cx} {cy} 0.\n0. 0. 0.\n1.\n{size} {size}\n")
+
+
+def write_view(folder, number, rgb, coverage, pose):
+    """rgb (H,W,3), coverage (H,W) in [0, 1]"""
+    # White, 255, is the background's alone: other readers of this layout find their masks by it
+    photo = torch.where(coverage[..., None] > 0, (rgb * 255).round().clamp(max=254), 255).byte()
+    save_photo(folder / f"rgb/{number:06d}.png", photo)
+    save_photo(folder / f"mask/{number:06d}.png", (coverage * 255).round().byte())
+    (folder / f"pose/{number:06d}.txt").write_text(numbers(pose) + "\n")
+
+
+def save_photo(path, pixels):
+    Image.fromarray(pixels.cpu().numpy()).save(path, compress_level=2)
+
+
+def numbers(matrix):
+    return " ".join(repr(float(value)) for value in np.asarray(matrix).flatten())
+
+
+def write_transforms(folder):
+    """transforms.json, for nerfstudio, instant-ngp and torch-ngp: OpenGL's camera,
+    +Y up and looking along -Z."""
+    f, cx, cy = read_numbers(folder / "intrinsics.txt", [0])[:3]
+    size = int(read_numbers(folder / "intrinsics.txt", [3])[0])
+    frames = []
+    for path in visible(folder / "pose"):
+        pose = read_pose(path).astype(float) @ np.diag([1.0, -1, -1, 1])
+        frames.append({"file_path": f"rgb/{path.stem}.png", "transform_matrix": pose.tolist()})
+    with atomic_file(folder / "transforms.json") as temporary:
+        temporary.write_text(json.dumps({
+            "fl_x": f, "fl_y": f, "cx": cx, "cy": cy, "w": size, "h": size,
+            "camera_angle_x": 2 * math.atan(size / 2 / f),
+            "aabb_scale": 1, "scale": 0.9, "offset": [0.5, 0.5, 0.5], "white_transparent": True,
+            "frames": frames}, indent=1))
+
+
+# ----------------------------------------------------------------------------------------------- -------read
+
+def load_photos(folder, size):
+    """A folder in the SRN layout, ours or anybody's, at size x size pixels -> photos (B,V,H,W,3)
+    uint8 on white, masks (B,V,H,W) uint8 or None, poses (B,V,4,4) float32 camera_to_world,
+    intrinsics (B,3,3) float32, names.
+
+    Photos are decoded by threads; what is wrong with the data is a UserError that names the file."""
+    folder = Path(folder)
+    if size < 1:
+        raise UserError(f"photos at {size} pixels a side: at least 1 is wanted")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there. For the procedural earphones, run: "
+                        "python render_shapenet.py")
+    if (folder / "rgb").is_dir():
+        raise UserError(f"{folder} is a single object: give the folder that holds it, "
+                        f"{folder.resolve().parent}")
+    objects = [entry for entry in visible(folder) if (entry / "rgb").is_dir()]
+    if not objects:
+        raise UserError(f"{folder} holds no photos: <object>/rgb/*.png, <object>/pose/*.txt and "
+                        "<object>/intrinsics.txt wanted")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loaded = list(pool.map(lambda entry: load_object(entry, size), objects))
+    photos, masks, poses, intrinsics, sides = zip(*loaded)
+    for entry, count, side in zip(objects, map(len, photos), sides):
+        if (count, side) != (len(photos[0]), sides[0]):
+            raise UserError(f"{entry} has {count} photos of {side} x {side} and {objects[0]} has "
+                            f"{len(photos[0])} of {sides[0]} x {sides[0]}: "
+                            "every object needs as many, and as large, as the others")
+    masks = None if any(mask is None for mask in masks) else torch.from_numpy(np.stack(masks))
+    return (torch.from_numpy(np.stack(photos)), masks, torch.from_numpy(np.stack(poses)),
+            torch.from_numpy(np.stack(intrinsics)), [entry.name for entry in objects])
+
+
+def visible(folder):
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def load_object(folder, size):
+    """-> photos (V,H,W,3), masks (V,H,W) or None, poses (V,4,4), intrinsics (3,3), the photos' side
+    as it stands in the files"""
+    pictures = [path for path in visible(folder / "rgb") if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    beside = visible(folder / "pose") if (folder / "pose").is_dir() else []
+    cameras = [path for path in beside if path.suffix == ".txt"]
+    if not pictures or [path.stem for path in pictures] != [path.stem for path in cameras]:
+        raise UserError(f"{folder} has {len(pictures)} photos (rgb/) and {len(cameras)} cameras (pose/): "
+                        "one of each, with the same names, is wanted")
+    intrinsics = read_intrinsics(folder / "intrinsics.txt", size)
+    poses = np.stack([read_pose(path) for path in cameras])
+    photos, masks, sides = zip(*[read_photo(path, size) for path in pictures])
+    for path, side in zip(pictures, sides):
+        if side != sides[0]:
+            raise UserError(f"{path} is {side} x {side} and others are {sides[0]} x {sides[0]}: "
+                            "photos of one size are wanted")
+    if (folder / "mask").is_dir():
+        beside = [folder / "mask" / path.name for path in pictures]
+        masks = [read_mask(path if path.exists() else path.with_suffix(".png"), size) for path in beside]
+    # An alpha channel that is opaque everywhere, as in SRN's own photos, says nothing of where the object is
+    has_masks = all(mask is not None for mask in masks) and any((mask < 255).any() for mask in masks)
+    return np.stack(photos), np.stack(masks) if has_masks else None, poses, intrinsics, sides[0]
+
+
+def read_numbers(path, lines=None):
+    """The numbers of a small text file; `lines`: of these lines alone."""
+    try:
+        if not path.is_file() or path.stat().st_size > 100_000:
+            raise UserError(f"{path} is not there" if not path.exists() else f"{path} is no small text file")
+        text = path.read_text(errors="replace")
+        words = " ".join(text.split("\n")[k] for k in lines).split() if lines else text.split()
+        values = np.array([float(word) for word in words])
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not (np.abs(values) < 1e6).all():
+        raise UserError(f"{path} holds a number that is not finite, or absurdly large")
+    return values
+
+
+def read_pose(path):
+    """16 numbers, on one line or four: camera_to_world, checked to be a camera that stands
+    outside the cube and sees it."""
+    values = read_numbers(path)
+    if len(values) != 16:
+        raise UserError(f"{path} has {len(values)} numbers; a camera_to_world matrix has 16")
+    pose = values.reshape(4, 4)
+    rotation, position, forward = pose[:3, :3], pose[:3, 3], pose[:3, 2]
+    orthonormal = np.abs(rotation @ rotation.T - np.eye(3)).max() <= 2e-3 and np.linalg.det(rotation) >= 0
+    if not orthonormal or np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6:
+        raise UserError(f"{path} is no camera: a rotation (orthonormal, determinant +1), a position and "
+                        "the row 0 0 0 1 are wanted")
+    if np.abs(position).max() <= 0.5:
+        raise UserError(f"{path}: the camera stands at {position.round(3).tolist()}, "
+                        "inside the cube [-0.5, 0.5]^3 of the object")
+    if forward @ position >= np.abs(forward).sum() / 2:               # every corner of the cube is behind it
+        raise UserError(f"{path}: the camera looks away from the object: is this camera_to_world, "
+                        "+Z forward? An OpenGL camera needs its second and third columns negated")
+    return pose.astype(np.float32)
+
+
+def read_intrinsics(path, size):
+    """"f cx cy 0." and, on the fourth line, "H W": to use photos at another size
+    f, cx and cy are scaled by new/old."""
+    camera, extent = read_numbers(path, [0]), read_numbers(path, [3])
+    square = len(extent) == 2 and extent[0] == extent[1]
+    if len(camera) not in (3, 4) or not square or not (0 < camera[:3]).all() or (camera[1:3] >= extent).any():
+        raise UserError(f"{path}: 'f cx cy 0.' on line 1 and 'H W', with H = W, on line 4 are wanted")
+    f, cx, cy = camera[:3] * size / extent[0]
+    return np.array([[f, 0, cx], [0, f, cy], [0, 0, 1]], np.float32)
+
+
+def open_picture(path, mode):
+    """-> a square PIL image in `mode`, or in RGBA where it has transparency."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not there")
+        with Image.open(path, formats=["PNG", "JPEG"]) as image:
+            square = image.width == image.height <= 8192                # looked at before anything is decoded
+            transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
+            picture = decode(image, "RGBA" if transparent else mode) if square else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read ({error})") from None
+    if not square:
+        raise UserError(f"{path} is {image.width} x {image.height}: "
+                        "square photos of at most 8192 pixels a side are wanted")
+    return picture
+
+
+def read_photo(path, size):
+    """-> (H,W,3) on white, the alpha channel (H,W) where there is one, and the side in pixels
+    as it stands in the file"""
+    image, alpha = open_picture(path, "RGB"), None
+    if image.mode == "RGBA":
+        alpha = np.array(resize(image.getchannel("A"), size))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.array(resize(image, size)), alpha, image.width
+
+
+def read_mask(path, size):
+    return np.array(resize(open_picture(path, "L").convert("L"), size))
+
+
+def resize(image, size):
+    """A smaller photo is the mean over boxes of a larger one: nearest-neighbour would put
+    jagged edges into the data."""
+    return image if image.width == size else image.resize((size, size), Image.Resampling.BOX)
+
+
+# -------------------------------------------------------------------------------------------------- in memory
+
+class Photos:
+    """Photos of objects, in memory as bytes; and for each, which pixels are on or near the object."""
+
+    def __init__(self, rgb, mask, pose, intrinsics, names):
+        self.rgb, self.pose, self.intrinsics, self.names = rgb, pose, intrinsics, names
+        size = self.size = rgb.shape[2]
+        self.has_masks = mask is not None
+        self.mask = mask if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
+        flat = self.mask.flatten(0, 1)[:, None].float()                            # (BV,1,H,W)
+        near = F.max_pool2d(flat, 5, 1, 2).view(*self.mask.shape[:2], -1) > 0      # (B,V,HW)
+        self.near = near.flatten().nonzero()[:, 0] % size ** 2                     # pixels, photo after photo
+        self.near_count = near.sum(-1)                                             # (B,V)
+        self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
+
+
+def read_photos(folder, size, objects=0):
+    """The first `objects` of a folder, or all"""
+    *tensors, names = load_photos(folder, size)
+    count = objects or len(names)
+    return Photos(*[t if t is None else t[:count] for t in tensors], names[:count])
