@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 help:
 	@echo "make demo    set up, show new earphones of the model in the box, then train one from scratch and show its own"
 	@echo "make test    set up, then run the tests"
-	@echo "make bench   set up, then measure the speed of the rasteriser, the renderer and the meshes"
+	@echo "make bench   set up, then measure the speed of the rasteriser and the renderer"
 	@echo "make clean   remove .venv; data/, runs/ and samples/ are yours and stay"
 
 .venv/ready: requirements.txt constraints.txt

@@ -6,7 +6,7 @@ Stage 1 of 3: fit the autodecoder.  One learned code e_i per object and one deco
 There is no encoder: a code is found by gradient descent on it, for the training objects together with the
 decoder, for new objects (fit_codes) with the decoder frozen.  G is split where stage 2 will diffuse:
 
-    code e (256) --G1--> latent volume (16 x 8^3) --G2--> radiance volume (4 x 32^3) --render--> photo
+    code e (256) --G1--> latent volume (16 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
@@ -28,8 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import (Run, UserError, atomic_file, grid, load_stage, new_figure, parse_config, pick_device,
-                    plot_log, save_figure, save_picture, to_bytes)
+from common import (Run, UserError, at_least, atomic_file, grid, load_stage, new_figure, parse_config,
+                    pick_device, plot_log, save_figure, save_picture, to_bytes)
 from decoder import Autodecoder, fast_precision
 from metrics import largest_piece, psnr
 from photos import read_photos
@@ -114,7 +114,7 @@ RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
 
 def load_autodecoder(folder, device="cpu"):
     """The trained model of a run, built from the config it was trained with -> model in eval mode, names"""
-    return build_autodecoder(load_stage(folder, "stage 1's model", "autodecoder.py"), device)
+    return build_autodecoder(load_stage(folder, "stage 1's model", "autodecoder.py", "model"), device)
 
 
 def build_autodecoder(state, device="cpu"):
@@ -132,8 +132,8 @@ def kinds_of(folder, names):
 
 
 def draw_batch(photos, config, views, generator, objects=None):
-    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Half of
-    the rays are drawn where the object is: most of a photo is white, and soon has nothing left to teach."""
+    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  A share
+    of the rays (`foreground`) is drawn where the object is: most of a photo is white, and teaches little."""
     if objects is None:
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
     B, n, o = len(objects), photos.size, objects[:, None]
@@ -340,6 +340,8 @@ def figure1(model, photos, path, device, o=0):
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
+    at_least(config, objects=0, size=8, samples=2, steps=1, batch_objects=1, batch_views=1, rays=64,
+             log_every=1, preview_every=1, save_every=1, views=0, fit_objects=0, fit_steps=1)
     device = pick_device(config.device)
     if config.fit:
         return fit(config, device)

@@ -1,6 +1,6 @@
 """
-What every stage shares and no stage is about: conventions, configuration, device, safe
-writing, progress, pictures.
+What every stage shares and no stage is about: conventions, configuration, device, safe writing, progress,
+pictures.
 
 Conventions (everything in this project obeys them; whatever comes in from elsewhere is converted at the door)
     world       right-handed, Z up, object centred on the origin, its bounding box's diagonal 1: it fits in
@@ -17,6 +17,8 @@ Conventions (everything in this project obeys them; whatever comes in from elsew
 Letters for shapes
     B objects   V views   R rays   S samples on a ray   C channels
     D H W voxels (or H W pixels)   N vertices   F faces
+
+read parse_config, atomic_file, Run, load_checkpoint.
 """
 import argparse
 import inspect
@@ -63,22 +65,40 @@ def parse_config(Config, presets=None, argv=None):
     parser.error = wrong_flag
     if presets:
         parser.add_argument("--preset", choices=["auto", *presets], default="auto",
-                            help="auto: gpu where there is one")
+                            help="sets of values for the flags below; auto: gpu where there is one, else cpu")
     for field in fields(Config):
         help_text = comments.get(field.name, "")
-        choices = re.match(r"([\w.]+(?: \| [\w.]+)+):", help_text)
+        choices = re.match(r"([\w.]+(?: \| [\w.]+)+): *", help_text)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         if field.type is tuple:                                   # a pair of numbers: --interpolate 3 5
             kind = {"type": int, "nargs": 2}
         if choices:
             kind["choices"] = [field.type(choice) for choice in choices[1].split(" | ")]
+            help_text = help_text[choices.end():]                 # argparse lists them
+        default = "" if field.default in ("", ()) else f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
-                            help=f"{help_text} (default: {field.default})".replace("%", "%%"))
+                            help=f"{help_text}{default}".replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     preset = flags.pop("preset", None)
     if preset == "auto":
         preset = "gpu" if torch.cuda.is_available() else "cpu"
+        if presets.get("gpu") and preset == "gpu":
+            print("preset gpu, as there is one; the README's numbers are those of --preset cpu")
     return Config(**{**presets.get(preset, {}), **flags})
+
+
+def at_least(config, **least):
+    """at_least(config, steps=1): the flags below that are one sentence"""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"--{name} {getattr(config, name)}: at least {value} is wanted")
+
+
+def widths_of(channels):
+    """The flag --channels: "64,32" -> [64, 32]"""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", channels):
+        raise UserError(f"--channels {channels}: numbers with commas between them are wanted, as 64,32")
+    return [int(width) for width in channels.split(",")]
 
 
 def wrong_flag(message):
@@ -114,7 +134,7 @@ def atomic_file(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:        # (+: Windows syncs only what it may write)
             os.fsync(file.fileno())                 # else a power cut can leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
@@ -183,12 +203,15 @@ class Run:
             except (OSError, ValueError, TypeError):
                 raise UserError(f"{file} cannot be read: delete it and what it describes, "
                                 "and run again") from None
+            if len(found.keys() & wanted.keys()) < len(wanted) / 2:
+                raise UserError(f"{self.folder} holds another stage's run: use another --out")
             for field, value in wanted.items():
                 if found.get(field, value) != value:
                     named = ["(none)" if some == "" else some for some in (found[field], value)]
+                    anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
                     raise UserError(f"{file} says that what is there was made with --{field} "
                                     f"{named[0]}, not {named[1]}: use the same value or another folder, or "
-                                    "start over: --fresh, or delete it")
+                                    + anew)
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
 
@@ -248,9 +271,9 @@ class Run:
         self.bad, self.skipped = self.bad + 1, self.skipped + 1
         self.say(f"!! step {step}: the loss is not finite: step left out, {self.skipped} so far")
         if self.bad == 3:
-            raise UserError(f"the loss was not finite three times in a row, at step {step}; "
-                            f"{self.folder}/last.pt is intact: lower the learning rate and use another "
-                            "--out, or go on from there by the same command")
+            raise UserError(f"the loss was not finite three times in a row, at step {step}; what was saved "
+                            f"in {self.folder} is intact: lower the learning rate and use another --out, or "
+                            "go on from there by the same command")
         return False
 
     def log(self, step, steps, show=True, **numbers):
@@ -267,9 +290,10 @@ class Run:
         now, last = time.time(), done == total
         if what not in self.first:                                   # resumed: the first steps are not of now
             self.first[what] = (now, done) if done or self.first else (self.began, 0)
-        if not last and now - self.printed < (0.2 if sys.stdout.isatty() else 10):
+        rate = (now - self.first[what][0]) / max(done - self.first[what][1], 1)
+        if not last and (not rate or now - self.printed < (0.2 if sys.stdout.isatty() else 10)):
             return
-        self.printed, rate = now, (now - self.first[what][0]) / max(done - self.first[what][1], 1)
+        self.printed = now
         percent, eta = 100 * done // max(total, 1), clock(rate * (total - done))
         line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {eta}"
         if sys.stdout.isatty():
@@ -303,12 +327,16 @@ def load_checkpoint(file):
         raise UserError(f"{file} is damaged and cannot be read ({why})") from None
 
 
-def load_stage(folder, what, script):
-    """What an earlier stage saved in its folder"""
+def load_stage(folder, what, script, key):
+    """What an earlier stage saved in its folder; `key` is in no other stage's"""
     file = Path(folder) / "last.pt"
     if not file.exists():
         raise UserError(f"this needs {what}, and {file} is not there. Run: python {script}")
-    return load_checkpoint(file)
+    state = load_checkpoint(file)
+    if key not in state:
+        raise UserError(f"this needs {what}, and {file} holds something else: another folder is wanted, of "
+                        f"what python {script} made")
+    return state
 
 
 def clock(seconds):

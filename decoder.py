@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import widths_of
+
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
 BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
 
@@ -95,7 +97,7 @@ class Autodecoder(nn.Module):
         super().__init__()
         self.config, self.planes = config, config.grid == "2d"
         Conv, dims = (nn.Conv2d, 2) if self.planes else (nn.Conv3d, 3)
-        widths = [int(width) for width in config.channels.split(",")]
+        widths = widths_of(config.channels)
         first, copies = widths[0], 3 if self.planes else 1
         block = lambda width: Block(width, width, Conv, config.coordinates)
         # G1: a code is spread over 4^3 voxels; a latent grid begins at its own resolution

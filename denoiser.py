@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import widths_of
 from decoder import Attention
 from noise import TIMES, choose_levels, ddpm_sample, ddpm_schedule, edm_sample
 
@@ -110,7 +111,7 @@ class UNet(nn.Module):
 
     def __init__(self, numbers, config):
         super().__init__()
-        widths, e = [int(width) for width in config.channels.split(",")], 4 * config.embedding
+        widths, e = widths_of(config.channels), 4 * config.embedding
         self.embedding = config.embedding
         self.level = nn.Sequential(nn.Linear(config.embedding, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.enter = nn.Conv3d(numbers, widths[0], 3, padding=1)

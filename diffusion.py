@@ -8,7 +8,7 @@ A denoiser that can do this knows the way from anywhere to the latents: the scor
 makes an object.
 
 There are 72 latents of 8,192 numbers.  Three things follow, and each is a knob to turn:
-    which noise   up to sigma ~ 10 it is plain which of the 72 is under the noise; what a sample becomes is
+    which noise   up to sigma ~ 15 it is plain which of the 72 is under the noise; what a sample becomes is
                   decided above.  Levels are chosen from the latents, not from habit: see levels.png
     components    an MLP of width 1,024 cannot put out noise in 8,192 dimensions, nor so take it off: its
                   samples keep what is left.  In principal components there is nothing it cannot put out
@@ -31,10 +31,10 @@ import torch
 import torch.nn as nn
 
 from autodecoder import load_autodecoder, render_view, save_preview
-from common import (Run, UserError, load_stage, new_figure, parse_config, pick_device, plot_log,
+from common import (Run, UserError, at_least, load_stage, new_figure, parse_config, pick_device, plot_log,
                     save_figure, to_bytes)
+from denoiser import RobustNorm  # noqa: F401      where it stood, for those who import it from here
 from denoiser import Denoiser, sample
-from denoiser import RobustNorm  # noqa: F401      for those who import diffusion
 from noise import ddpm_loss, edm_loss
 from rasterizer import camera_to_world_at, intrinsics_at
 
@@ -45,7 +45,7 @@ class Config:
     out: str = "runs/diffusion"          # folder for the model, the log and the pictures
     # the latents
     normalization: str = "robust"        # robust | robust_global | meanstd | none: before the diffusion
-    mix: float = 0.5                     # share of a batch that is G1 of mixtures of 2-3 codes; 0: copies
+    mix: float = 0.5                     # share of a batch that is G1 of mixtures of 2-3 codes; 0: none
     mixtures: int = 2048                 # how many such mixtures there are
     among: int = 8                       # codes are mixed with so many nearest ones; 0: any with any
     components: int = 240                # the MLP's: principal components it works in; 0: the bare numbers
@@ -91,7 +91,7 @@ RECIPE = tuple(field.name for field in fields(Config) if field.name not in FREE)
 
 def load_denoiser(folder, device="cpu"):
     """The trained denoiser of a run, and of the autodecoder that it is for: folder and fingerprint"""
-    return build_denoiser(load_stage(folder, "stage 2's denoiser", "diffusion.py"), device)
+    return build_denoiser(load_stage(folder, "stage 2's denoiser", "diffusion.py", "denoiser"), device)
 
 
 def averaged(state):
@@ -154,7 +154,8 @@ def plot_levels(denoiser, entropy, path):
     axis.plot(denoiser.sigma(u).cpu(), torch.full((18,), -0.04), "k|", ms=9, label="EDM: 18 steps")
     axis.plot(times, torch.full_like(times, -0.10), "C3|", ms=9, label="DDPM: every 50th, shifted")
     axis.plot(sigma, habit, ":", color="grey", label="EDM's usual levels, for pictures")
-    axis.set(xscale="log", xlabel="sigma", xlim=(sigma[0] * 0.9, sigma[-1] * 1.1))
+    axis.set(xscale="log", xlabel="sigma", ylabel="doubt; shaded: density",
+             xlim=(sigma[0] * 0.9, sigma[-1] * 1.1))
     axis.legend(fontsize=7)
     save_figure(figure, path)
 
@@ -188,6 +189,8 @@ def preview(model, denoiser, raw, averaged, size=64):
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
+    at_least(config, mixtures=0, among=0, components=0, holdout=0, patience=0, width=1, layers=0, steps=1,
+             batch=1, log_every=1, preview_every=1, save_every=1)
     device = pick_device(config.device)
     model, names = load_autodecoder(config.autodecoder, device)
     check(config, model, len(names))

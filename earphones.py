@@ -333,7 +333,7 @@ def neckband(f):
     pod, widths = collar[:int(lerp(36, 54, f["height"]))], np.array([(1, 1), (1.1, 1.1), (1, 1), (.75, .75)])
     band_skin, pod_skin = ("pad", f["pad"], inlay_paint(f["accent"])), ("body", f["body"], pod_paint(f))
     parts = [sweep(collar, (.066, .074), 34, 10, above, band_skin, 3, copies=1),
-             sweep(pod, fat * widths, 16, 14, above, pod_skin, part=f["part"])]
+             sweep(pod, fat * widths, 16, 14, above, pod_skin, shape=f["part"])]
     tip, ahead = collar[0], (collar[0] - collar[6]) / np.linalg.norm(collar[0] - collar[6])
     if f["band"] == "docked":
         return parts + bud(f, size, (turn(-.9, -.2), tip + ahead * .12))

@@ -20,10 +20,14 @@ distribution that no training saw.  Good samples cannot be told from them.
                 Meehan et al. 2020)  Below -3: copying
     cells       kind x palette x outline as that network reads them: how many of those that training objects
                 come from the samples reach, and how many of all others
+    foreground  PSNR over the object's own pixels.  pixels: the energy distance of the small pictures as they
+                are.  d1: the mean distance of latents to the nearest training object's.  closest two: of the
+                first 64, the least distance of two latents; "shapes": the same as its neighbour, by Chamfer
 
 A perfect copier has a good 1-NNA too: read it with Z_U.  +- is a deviation, by bootstrap over objects.
 
-in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2;  runs/shuffled, if it is there: a control
+in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2, or the model in the box;
+     runs/shuffled                                 a control, if it is there
 out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png, worst.png
 run  python evaluate.py
      python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
@@ -40,10 +44,10 @@ import torch.nn.functional as F
 
 from autodecoder import Config as Stage1
 from autodecoder import fit_codes, mean_of, mean_photo, measure, preview, save_preview
-from common import (Run, UserError, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
+from common import (Run, at_least, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
                     save_figure, save_picture, to_bytes)
+from denoiser import sample as draw_samples
 from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser
-from diffusion import sample as draw_samples
 from fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, rays_around, read, see_objects,
                    train_reader, training_cells)
 from metrics import chamfer, copies, coverage, cubic, kernel_distance, minus_distance, mmd, one_nna, z_u
@@ -56,7 +60,7 @@ from sample import measure as measure_samples
 
 @dataclass
 class Config:
-    diffusion: str = "runs/diffusion"    # stage 2's folder
+    diffusion: str = "runs/diffusion"    # stage 2's folder, or a file that sample.py --pack wrote
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     data: str = "data/earphones_test"    # unseen objects with photos: for the table of reconstructions
     shuffled: str = "runs/shuffled"      # a denoiser trained with --shuffle; not there: left out
@@ -76,7 +80,8 @@ class Config:
 
 
 PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, fit_steps=3, readings=32,
-                                               reader_steps=10, reconstructions=2, bootstrap=20)}
+                                               reader_steps=10, reconstructions=2, bootstrap=20,
+                                               cache="runs/fresh_smoke")}
 
 
 # ------------------------------------------------------------------------------------------------- the tables
@@ -176,6 +181,7 @@ def rivals(model, denoiser, config, device):
             other, trained_on = load_denoiser(config.shuffled, device)
             if trained_on["fingerprint"] == fingerprint(model):
                 sets["shuffled latents"] = draw(other)
+        sets["a copier"] = training[torch.randint(len(training), (count,), generator=generator)]
     return sets | {"training objects": training}
 
 
@@ -332,10 +338,7 @@ def read_sets(reader, sets, fresh, control, cells):
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
-    for name, least in (("count", 4), ("points", 1), ("fits", 4), ("readings", 32), ("reader_steps", 1),
-                        ("reconstructions", 0), ("bootstrap", 2)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
+    at_least(config, count=4, points=1, fits=4, readings=32, reader_steps=1, reconstructions=0, bootstrap=2)
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
     cells, count, unseen = training_cells(names, model.config.data), config.count, None
@@ -384,8 +387,8 @@ def main(argv=None):
         text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
     if config.reconstructions:
         lines, pictures = reconstruction_rows(model, names, config, device)
-        text.append(markdown("Reconstruction", ("", *RECONSTRUCTION), lines))
         if pictures:
+            text.append(markdown("Reconstruction", ("", *RECONSTRUCTION), lines))
             save_preview(Path(config.out, "worst.png"), torch.cat(pictures, 1))
     print("\n" + "\n".join(text))
 
@@ -402,7 +405,8 @@ def main(argv=None):
     seeds = range(config.seed, config.seed + 16)
     save_picture(out / "nearest.png",
                  contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
-    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png, worst.png")
+    worst = ", worst.png" * Path(out, "worst.png").exists()
+    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png{worst}")
 
 
 if __name__ == "__main__":

@@ -33,16 +33,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autodecoder import kinds_of, load_autodecoder
-from common import UserError, atomic_file, grid, parse_config, pick_device, save_picture, to_bytes
+from common import UserError, at_least, atomic_file, grid, parse_config, pick_device, save_picture, to_bytes
 from decoder import GAIN
-from diffusion import latents_of, sample
+from denoiser import sample
+from diffusion import latents_of
 from sample import cameras, load_models, nearest, render_views
 from volume_render import EMPTY, composite, either, lookup
 
 
 @dataclass
 class Config:
-    diffusion: str = "runs/diffusion"    # stage 2's folder
+    diffusion: str = "runs/diffusion"    # stage 2's folder, or a file that sample.py --pack wrote
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     out: str = "export"                  # folder for all that is written
     reconstruct: str = ""                # a training object's name, or all: these in place of samples
@@ -52,7 +53,7 @@ class Config:
     interpolate: tuple = ()              # two seeds to walk between; by default the first two samples'
     sheet: int = 60                      # samples on the contact sheet; 0: none
     resolution: int = 64                 # grid points along a side that the mesh is made from
-    level: float = 20.0                  # the density that is the surface: half is seen through 1/30 of it
+    level: float = 20.0                  # the density of the surface: 1/30 of it halves the light
     frames: int = 24                     # of the turntable; 0: none
     size: int = 160                      # pixels along a side of each object on the turntable
     device: str = "auto"                 # auto, cpu or cuda
@@ -378,10 +379,7 @@ def load(config, device):
 
 
 def check(config):
-    for name, least in (("count", 1), ("steps", 0), ("sheet", 0), ("resolution", 8), ("frames", 0),
-                        ("size", 16)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
+    at_least(config, count=1, steps=0, sheet=0, resolution=8, frames=0, size=16)
     if config.level < 1:
         raise UserError(f"--level {config.level:g}: a density of at least 1 is wanted; the cube full of that "
                         "lets a third through")

@@ -10,7 +10,7 @@ The reader is a small convolutional network that names kind, palette, outline an
 photos: trained on objects of all cells of factors, those too that training objects never come from.
 
 in   nothing: objects are made here
-out  runs/fresh/     fresh.pt, readings.pt, reader.pt: made once, for any model; some minutes on two cores
+out  runs/fresh/     fresh.pt, readings.pt, reader.pt: made once, for any model; minutes on two cores
 read see_object, cloud, Reader, train_reader.
 """
 import json
@@ -35,7 +35,8 @@ from sample import cameras
 from volume_render import camera_rays
 
 PIXELS = 64
-# The corners of a dodecahedron, all around; the first four, by which to compare, and eight are far apart
+# The corners of a dodecahedron, all around, in such an order that the first four (to compare by) and the
+# first eight (to fit codes to) are far apart
 CORNERS = [(72 * k + 36 * (height > 0) + 17, height)
            for height in (52.6, 10.8, -10.8, -52.6) for k in range(5)]
 FIRST = (6, 14, 0, 15, 18, 2, 3, 4)

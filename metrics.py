@@ -1,6 +1,6 @@
 """
 The numbers: of a picture, of a shape, of two sets of either.  Each is a function of tensors alone; what they
-mean, and how each can mislead, stands in evaluate.py.
+mean, and what to compare them with, stands in evaluate.py.
 
 read psnr, chamfer, one_nna, z_u, kernel_distance.
 """
@@ -89,7 +89,7 @@ def once(objects, weight):
 
 
 def copies(to_training):
-    """(S,T) -> (S,) bool: nearest under a third as far as the second nearest; squared distances want 1/9"""
+    """Distances (S,T), not their squares -> (S,) bool: nearest under a third as far as the second nearest"""
     first, second = to_training.topk(2, largest=False).values.T
     return first < second / 3
 

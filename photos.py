@@ -70,7 +70,7 @@ def write_transforms(folder):
             "frames": frames}, indent=1))
 
 
-# ----------------------------------------------------------------------------------------------- -------read
+# ------------------------------------------------------------------------------------------------------- read
 
 def load_photos(folder, size):
     """A folder in the SRN layout, ours or anybody's, at size x size pixels -> photos (B,V,H,W,3)

@@ -21,7 +21,7 @@ import torch
 from common import UserError
 
 TIE = 1e-4                         # depths closer than this are the same depth
-EMPTY = torch.iinfo(torch.int64).max      # what stands in a z-buffer where no face is
+NO_FACE = torch.iinfo(torch.int64).max      # what stands in a z-buffer where no face is
 NEAR = 1e-3             # faces that reach behind this depth are dropped: our cameras stand outside the object
 SPAN_PIXELS = 1 << 22              # pixels written at once, which bounds the memory: about 200 MB
 
@@ -169,7 +169,7 @@ def z_buffers(x, y, iz, area, rank, top, rows, columns, size):
     plane = torch.stack([iz[0] - gx * x[0] - gy * y[0], gx, gy, smallest(iz), largest(iz)])
     table = torch.cat([x, y, slope, plane]).T.contiguous()                              # (F,14)
 
-    buffer = torch.full((4 * size * size,), EMPTY, device=x.device)
+    buffer = torch.full((4 * size * size,), NO_FACE, device=x.device)
     load = (rows * columns + 1).cumsum(0) // SPAN_PIXELS           # faces with the same are cut together
     counts = load.unique_consecutive(return_counts=True)[1].tolist()
     for chunk in torch.arange(len(rows), device=x.device).split(counts):
@@ -207,9 +207,9 @@ def cut_spans(faces, top, rows, table, size):
 def resolve(buffer):
     """z-buffers (4,H*W) -> the pixels that see a face (P,) and which it is (P,): among those at the nearest
     depth, to TIE, front before back, textured before plain, then exact depth, then index."""
-    pixel = (smallest(buffer) < EMPTY).nonzero()[:, 0]
+    pixel = (smallest(buffer) < NO_FACE).nonzero()[:, 0]
     best = buffer[:, pixel]                                                             # (4,P)
-    depth = (best >> 32).int().view(torch.float32).masked_fill(best == EMPTY, math.inf)
+    depth = (best >> 32).int().view(torch.float32).masked_fill(best == NO_FACE, math.inf)
     tied, chosen = depth <= smallest(depth) + TIE, best[3]
     for k in (2, 1, 0):
         chosen = torch.where(tied[k], best[k], chosen)

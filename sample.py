@@ -1,7 +1,7 @@
 """
 Stage 3 of 3: new objects.  Noise from a seed, the denoiser, the latent that it ends at, G2, novel views:
 
-    n ~ N(0, I)  --EDM or DDPM-->  latent z  --G2-->  radiance volume  --render-->  views around it
+    n ~ N(0, I)  --EDM or DDPM-->  latent z  --G2-->  volume  --render-->  views around it
 
 A picture proves little: a denoiser can return its training objects, or training objects plus noise that looks
 like something new.  So beside each sample stand its nearest training objects, and this is counted:
@@ -17,6 +17,7 @@ like something new.  So beside each sample stand its nearest training objects, a
 
 in   runs/diffusion/last.pt and the autodecoder it was trained on; without them pretrained/earphones.pt
 out  samples/     sheet.png, figure3.png, report.txt, report.json, viewer.html (open it in a browser);
+                  beside.png (yours above the box's, once you have trained);
                   views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
 run  python sample.py                                 0.003 s a sample on two cores; the report takes longer
      python sample.py --count 64 --seed 1000 --views 0
@@ -35,9 +36,10 @@ from PIL import Image, ImageDraw
 
 from autodecoder import (build_autodecoder, depth_picture, kinds_of, load_autodecoder, save_preview,
                          voxel_opacity)
-from common import (UserError, atomic_file, atomic_folder, grid, load_checkpoint, load_stage, parse_config,
-                    pick_device, save_picture, to_bytes)
-from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser, sample
+from common import (UserError, at_least, atomic_file, atomic_folder, grid, load_checkpoint, load_stage,
+                    parse_config, pick_device, save_picture, to_bytes)
+from denoiser import sample
+from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser
 from metrics import largest_piece
 from photos import write_intrinsics, write_view
 from rasterizer import camera_to_world_at, intrinsics_at
@@ -75,23 +77,23 @@ def load_models(config, device):
         print(f"nothing is in {config.diffusion} yet: sampling from the model in the box, {PRETRAINED.name}")
         return unpack(PRETRAINED, device)
     if not own and not Path("runs/autodecoder").exists():
-        raise UserError(f"nothing is trained yet: {config.diffusion}/last.pt is not there. "
-                        "Run: python autodecoder.py, then python diffusion.py")
+        raise UserError(f"{config.diffusion}/last.pt is not there: is --diffusion right?  Otherwise run: "
+                        "python autodecoder.py, then python diffusion.py")
     denoiser, trained_on = load_denoiser(config.diffusion, device)
     folder = config.autodecoder or trained_on["folder"]
     model, names = load_autodecoder(folder, device)
     if fingerprint(model) != trained_on["fingerprint"]:
         raise UserError(f"{config.diffusion} was trained on another autodecoder than {folder} is now. "
-                        "Run: python diffusion.py --fresh")
+                        f"Run: python diffusion.py --autodecoder {folder} --out {config.diffusion} --fresh")
     print(f"sampling from {config.diffusion}/last.pt")
     return model, names, denoiser
 
 
 def pack(config):
     """Both trained models in one file, large tensors in half precision: what pretrained/ holds"""
-    second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py")
+    second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py", "denoiser")
     folder = config.autodecoder or second["config"]["autodecoder"]
-    first = load_stage(folder, "stage 1's model", "autodecoder.py")
+    first = load_stage(folder, "stage 1's model", "autodecoder.py", "model")
     small = lambda tensors: {name: t.half() if t.numel() > 10_000 else t for name, t in tensors.items()}
     rest = {name: t for name, t in second["denoiser"].items() if not name.startswith("network.")}
     kept = {key: second[key] for key in ("config", "shape", "components", "planes", "autodecoder")}
@@ -259,9 +261,7 @@ def write_sample(folder, model, latent, config):
 
 def main(argv=None):
     config = parse_config(Config, argv=argv)
-    for name, least in (("count", 1), ("steps", 0), ("views", 0), ("size", 1), ("batch", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} {getattr(config, name)}: at least {least} is wanted")
+    at_least(config, count=1, steps=0, views=0, size=1, batch=1)
     if config.pack:
         return pack(config)
     device = pick_device(config.device)
@@ -313,10 +313,11 @@ def main(argv=None):
         if k == 0:                         # the paper's Figure 3: a new object from cameras all around it
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
-    from export import write_gallery
+    from export import write_gallery                               # which imports this file
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
                   denoiser, (config.seed, config.seed + 1), config.steps)
     more = ", figure3.png, views/ (and in them mesh.glb)" * (config.views > 0)
+    more += ", beside.png" * Path(out, "beside.png").exists()
     print(f"wrote {out}: sheet.png, report.txt, report.json, viewer.html{more}")
 
 

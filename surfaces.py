@@ -3,7 +3,7 @@ Closed surfaces from curves, light painted into their textures, and both as OBJ 
 its models from.
 
     surface  = a grid of points: a profile carried round an outline (revolve), a section along a curve (sweep)
-    texture  = (albedo * light(point, normal) + gloss) * openness                          a chart a surface
+    texture  = (albedo * light(point, normal) + gloss) * openness          one chart for each surface
 
 The photos of this course are lit by ambient light alone: a pixel shows its material's colour and nothing
 else, and flat colours would make paper cut-outs.  So the light is painted on: `light` is a sky and softboxes,
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GLOSS = {"body": .40, "pad": .12, "accent": .55}       # also the list of materials: three an object
+GLOSS = {"body": .40, "pad": .12, "accent": .55}       # of the three materials: its share of the shine
 K = 6                                          # texels along the edge of a mesh cell
 
 
@@ -48,11 +48,11 @@ def spline(control, n, closed=False):
     return (1 - t) ** 2 * start[i] + 2 * t * (1 - t) * corner[i] + t * t * end[i]
 
 
-def outline(part, theta):
+def outline(shape, theta):
     """Radius of a cup's edge at angle theta: 0 is the front, pi/2 the top."""
-    if part == "oval":
+    if shape == "oval":
         return 1 / np.hypot(np.cos(theta) / .78, np.sin(theta) / 1.12)
-    if part == "D":                # a circle cut by a straight front edge; the power rounds the corners
+    if shape == "D":                # a circle cut by a straight front edge; the power rounds the corners
         return 1.1 * (1 + (np.maximum(np.cos(theta), 0) / .55) ** 6) ** (-1 / 6)
     return np.ones_like(theta)
 
@@ -63,21 +63,21 @@ def turn(about_y, about_z):
     return np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
 
 
-def revolve(profile, rows, cols, radius, part, pose, skin, closed=False):
-    """A profile (r in radii, x outwards), outer pole to inner, carried round a part's outline."""
+def revolve(profile, rows, cols, radius, shape, pose, skin, closed=False):
+    """A profile (r in radii, x outwards), outer pole to inner, carried round an outline."""
     r, x = spline(profile, rows * K, closed).T
     theta = np.linspace(0, 2 * np.pi, cols * K + 1)
-    r_edge = r[:, None] * radius * outline(part, theta)
+    r_edge = r[:, None] * radius * outline(shape, theta)
     points = np.stack([x[:, None] + 0 * theta, r_edge * np.sin(theta), r_edge * np.cos(theta)], -1)
     rotation, centre = pose
     return Part(points @ rotation.T + centre, r, skin)
 
 
-def sweep(curve, half, rows, cols, side, skin, power=4., part=None, copies=2):
+def sweep(curve, half, rows, cols, side, skin, power=4., shape=None, copies=2):
     """A section carried along a curve (N,3), with round ends.
 
     half (n,2) are its half widths along `side` and across it, at n even steps.  The section is a superellipse
-    (power 2: an ellipse, 5: nearly a rectangle), or a part's outline.
+    (power 2: an ellipse, 5: nearly a rectangle), or an outline.
     """
     half = np.atleast_2d(half)
     length = np.r_[0, np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))]
@@ -94,8 +94,8 @@ def sweep(curve, half, rows, cols, side, skin, power=4., part=None, copies=2):
     wide, thick = (round_off * np.interp(s / total, np.linspace(0, 1, len(h)), h)[:, None] for h in half.T)
     theta = np.linspace(0, 2 * np.pi, cols * K + 1)
     c, d = np.cos(theta), np.sin(theta)
-    if part:
-        c, d = c * outline(part, theta), d * outline(part, theta)
+    if shape:
+        c, d = c * outline(shape, theta), d * outline(shape, theta)
     else:
         c, d = np.sign(c) * abs(c) ** (2 / power), np.sign(d) * abs(d) ** (2 / power)
     points = path[:, None] + (wide * c)[..., None] * side[:, None] + (thick * d)[..., None] * across[:, None]

@@ -56,9 +56,9 @@ SWEEPS = {
     "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}),
              ("penalty", dict(mixture_penalty=0.1), {})],
 }
-COLUMNS = ("1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes", "Z_U",
-           "Z_U, shapes", "in other cells")
-PLOTTED = ("copies", "Z_U", "Z_U, shapes", "to photos")
+COLUMNS = ("1-NNA", "1-NNA, decoded", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
+           "Z_U", "Z_U, shapes", "in other cells")
+PLOTTED = ("copies", "Z_U", "Z_U, shapes", "1-NNA, decoded", "to photos")
 
 
 def arguments(**flags):
@@ -98,7 +98,7 @@ def main(argv=None):
     Run(config.out, config, recipe, name="sweep.json").lock.close()
     if not Path(config.data).exists():
         print(f"{config.data} is not there: making 256 objects first")
-        render_shapenet.main(["--out", config.data, "--objects", "256", "--val_objects", "0"])
+        render_shapenet.main(arguments(out=config.data, objects=256, val_objects=0, test_objects=0))
     began, rows = time.time(), []
     for seed in range(config.seeds):
         for label, first, second in SWEEPS[name]:
@@ -120,7 +120,7 @@ def report(folder, name, rows):
     with atomic_file(folder / "table.md") as temporary:
         temporary.write_text(text)
     plotted = [column for column in PLOTTED if column in columns]
-    figure, axes = new_figure(1, len(plotted), figsize=(3 * len(plotted), 2.8), squeeze=False)
+    figure, axes = new_figure(1, len(plotted), figsize=(2.6 * len(plotted), 2.8), squeeze=False)
     labels = list(dict.fromkeys(label for label, _ in rows))
     for axis, column in zip(axes[0], plotted):
         for label, row in rows:

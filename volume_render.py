@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import parse_config, pick_device, save_picture
+from rasterizer import camera_to_world_at, intrinsics_at
 
 EMPTY = 0.02         # densities below this are empty space: the whole cube of it would have an opacity of 3 %
 
@@ -41,7 +42,7 @@ class Config:
     resolution: int = 64                # voxels along a side of the analytic volume
     size: int = 256                     # pixels along a side
     samples: int = 128                  # bins along a ray: halve them until you see the steps
-    sharpness: float = 3000.0          # how fast density grows below a surface, per voxel-free unit of length
+    sharpness: float = 3000.0          # how fast density grows below a surface; the cube's side is 1
     azimuth: float = 215.0              # degrees
     elevation: float = 25.0             # degrees
     device: str = "auto"                # auto, cpu or cuda
@@ -243,7 +244,6 @@ def headphones(resolution, sharpness):
 
 
 def main(argv=None):
-    from rasterizer import camera_to_world_at, intrinsics_at
     config = parse_config(Config, argv=argv)
     device = pick_device(config.device)
     volume = headphones(config.resolution, config.sharpness).to(device)
