@@ -16,7 +16,7 @@ out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sh
 run  python export.py                                 eight samples and all of the above: 18 s on one core
      python export.py --interpolate 3 12              walks from seed 3 to seed 12
      python export.py --reconstruct train_00001 --out export/train_00001
-read Config, marching_tetrahedra, mesh_of, write_glb, pack; then viewer.html.
+read Config, marching_tetrahedra, mesh_of, write_glb, pack; then viewer_template.html.
 """
 import base64
 import io
@@ -60,7 +60,7 @@ class Config:
 
 
 ANGLE = (215, 25)                        # azimuth, elevation: of stills and sheets, as sample.py's
-TEMPLATE = Path(__file__).parent / "viewer.html"
+TEMPLATE = Path(__file__).parent / "viewer_template.html"
 
 
 # ------------------------------------------------------------------------------------- marching tetrahedra

@@ -381,6 +381,11 @@ def test_mistakes_get_one_sentence(trained, diffused, data, tmp_path):
     told(lambda: train(trained, tmp_path / "x", "--holdout", "1"), "at least 4")
     told(lambda: train(trained, tmp_path / "x", "--mix", "1.5"), "--mix 1.5")
     told(lambda: train(trained, tmp_path / "x", "--patience", "3"), "--holdout")
+    told(lambda: train(trained, tmp_path / "x", "--batch", "0"), "--batch 0", "at least 1")
+    told(lambda: train(trained, tmp_path / "x", "--denoiser", "unet", "--channels", "8;8"), "--channels 8;8")
+    told(lambda: train(diffused, tmp_path / "x"), "stage 1's model", "something else", "python autodecoder.py")
+    told(lambda: train(trained, trained), "another stage's run", "--out")
+    told(lambda: sample.main(["--diffusion", str(trained)]), "stage 2's denoiser", "something else")
     told(lambda: train(trained, diffused, "--width", "64"), "--width", "--fresh")
     told(lambda: sample.main(["--diffusion", str(diffused), "--count", "0"]), "--count 0", "at least 1")
     told(lambda: sample.main(["--diffusion", str(tmp_path / "none")]), "none/last.pt", "python diffusion.py")
@@ -390,7 +395,7 @@ def test_another_autodecoder_is_told_apart(data, trained, diffused, tmp_path):
     train_autodecoder(data, tmp_path / "auto", "--seed", "5")
     command = ["--diffusion", str(diffused), "--autodecoder", str(tmp_path / "auto"),
                "--out", str(tmp_path / "s")]
-    told(lambda: sample.main(command), "another autodecoder", "python diffusion.py --fresh")
+    told(lambda: sample.main(command), "another autodecoder", "python diffusion.py --autodecoder", "--fresh")
     (tmp_path / "run").mkdir()
     for name in ("last.pt", "config.json"):
         (tmp_path / "run" / name).write_bytes((diffused / name).read_bytes())
@@ -419,7 +424,7 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
                                                               monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "PRETRAINED", tmp_path / "box.pt")
-    told(lambda: sample.main([]), "nothing is trained yet", "python autodecoder.py")
+    told(lambda: sample.main([]), "is --diffusion right", "python autodecoder.py")
     sample.main(["--diffusion", str(diffused), "--pack", "box.pt"])
     sample.main(["--count", "2", "--views", "0"])
     assert "the model in the box" in capsys.readouterr().out and (tmp_path / "samples/sheet.png").exists()

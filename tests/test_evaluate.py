@@ -193,8 +193,10 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
     said = capsys.readouterr().out
     assert said.count("fitting the codes") == 1 and (out / "tables.json").read_text() == first
     rows = json.loads(first)["rows"]
-    assert {"ours", "mixtures of codes", "Gaussian of codes", "Gaussian of latents", "training objects",
-            "held-out objects", "fresh objects", "fresh objects, blurred", "noise"} == set(rows)
+    assert {"ours", "mixtures of codes", "Gaussian of codes", "Gaussian of latents", "a copier",
+            "training objects", "held-out objects", "fresh objects", "fresh objects, blurred",
+            "noise"} == set(rows)
+    assert rows["a copier"]["copies"][0] == 1
     assert "Z_U" in rows["ours"] and "MMD" not in rows["noise"]
     text = (out / "tables.md").read_text()
     for heading in ("Generation", "Memorisation", "Factors", "Reconstruction", "unseen objects from 2"):
