@@ -36,6 +36,7 @@ read judge, rivals, held_out_codes, main; and metrics.py.
 import functools
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ from sample import measure as measure_samples
 class Config:
     diffusion: str = "runs/diffusion"    # stage 2's folder, or a file that sample.py --pack wrote
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
-    data: str = "data/earphones_test"    # unseen objects with photos: for the table of reconstructions
+    data: str = ""                       # unseen objects' photos; "": as the training ones', _test for _train
     shuffled: str = "runs/shuffled"      # a denoiser trained with --shuffle; not there: left out
     cache: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
     out: str = "runs/evaluate"           # folder for the tables
@@ -120,11 +121,11 @@ def judge(some, fresh, held, training, cells, config):
         row[name] = statistic(a, b).item(), statistic(a, b, *weights)
 
     for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)) if "points" in some else ():
-        if some is not other:
+        if other and some is not other:
             N = min(len(some["points"]), len(other["points"]))
             between = chamfer(some["points"][:N], other["points"][:N])
             share(name, one_nna(within(some)[:N, :N], between, within(other)[:N, :N]))
-        if some is not other is fresh:
+        if other and some is not other is fresh:
             named, near = coverage(between), mmd(between).double()
             weight = again(named)
             redrawn = [len(named[w > 0].unique()) / N for w in weight]
@@ -147,7 +148,7 @@ def judge(some, fresh, held, training, cells, config):
         share("copies", copies(latent))
         share("copies, shapes", copies(shape))
         row["closest two of 64"] = torch.pdist(some["latents"][:64].flatten(1)).min().item(), None
-        if some is not held:
+        if held and some is not held:
             apart("Z_U", z_u, latent[:, 0], held["to training"][:, 0])
             apart("Z_U, shapes", z_u, shape[:, 0], held["shape to training"][:, 0])
             apart("pixels", functools.partial(kernel_distance, minus_distance), pixels(some), pixels(held))
@@ -195,14 +196,16 @@ def gaussian(points, count, generator):
 
 def held_out_codes(model, config, unseen, device):
     """Codes of unseen objects, fitted to eight photos of each; where there are no fresh ones (real data) of
-    those in --data.  Fitted once for a model, and kept."""
+    those that --holdout kept from training, or None.  Fitted once for a model, and kept."""
     if unseen:
         N = len(unseen["rgb"])
         poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
         K = intrinsics_at(PIXELS, 131.25).float().expand(N, 3, 3)
         photos = Photos(unseen["rgb"], unseen["mask"], poses, K, [f"fresh_{k}" for k in range(N)])
+    elif unseen_photos(config, model).is_dir():
+        photos = read_photos(unseen_photos(config, model), model.config.size, config.fits)
     else:
-        photos = read_photos(config.data, model.config.size, config.fits)
+        return None
     N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
     file = Path(config.cache, f"fits_{fingerprint(model):.4f}.pt")
     if file.exists() and len(load_checkpoint(file)) >= N:
@@ -212,6 +215,11 @@ def held_out_codes(model, config, unseen, device):
     with atomic_file(file) as temporary:
         torch.save(codes.cpu(), temporary)
     return codes
+
+
+def unseen_photos(config, model):
+    """The folder where stage 0 puts objects that stage 1 does not train on"""
+    return Path(config.data or re.sub("_train$", "_test", model.config.data.rstrip("/")))
 
 
 LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "ours", "fresh objects")
@@ -240,8 +248,8 @@ def reconstruction_rows(model, names, config, device):
         if photos.names == names:
             rows.append(row(f"{len(names)} training objects, held-out views", photos, model.codes,
                             range(taught, photos.rgb.shape[1]), mean_photo(photos, torch.arange(taught))))
-    if Path(config.data).is_dir():
-        photos = read_photos(config.data, size, config.reconstructions)
+    if unseen_photos(config, model).is_dir():
+        photos = read_photos(unseen_photos(config, model), size, config.reconstructions)
         count = photos.rgb.shape[1]
         for given in (1, 2, 8):
             if given < count:
@@ -297,7 +305,7 @@ def plot_rows(rows, path):
     """The headline numbers, each row a point with twice its deviation"""
     rows = {name: row for name, row in rows.items() if name != "noise"}               # far off any scale
     names = [name for name in ("1-NNA, decoded", "Z_U, shapes", "to photos", "to reconstructions")
-             if any(name in row for row in rows.values())]
+             if any(name in row for row in rows.values())] or ["d1"]
     figure, axes = new_figure(1, len(names), figsize=(3 * len(names), 3.2), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names):
         for k, row in enumerate(rows.values()):
@@ -356,11 +364,13 @@ def main(argv=None):
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
     sets = rivals(model, denoiser, config, device)
-    sets["held-out objects"] = latents_of(model, held_out_codes(model, config, unseen, device))
+    codes = held_out_codes(model, config, unseen, device)
+    if codes is not None:
+        sets["held-out objects"] = latents_of(model, codes)
     for name, latents in sets.items():
         print(f"seeing {len(latents)} of {name}", flush=True)
         sets[name] = see_volumes(model, latents, config)
-    training, held = sets["training objects"], sets["held-out objects"]
+    training, held = sets["training objects"], sets.get("held-out objects")
     for some in sets.values():
         shape = chamfer(some["points"], training["points"]).sqrt()
         shape = shape.fill_diagonal_(math.inf) if some is training else shape
@@ -369,9 +379,9 @@ def main(argv=None):
     if cells:
         remark = read_sets(reader, sets, fresh, control, cells)
     else:
-        fresh, remark = held, ("The training objects are not those of earphones.py: what needs fresh objects "
-                               "is not defined. Shapes are compared with the held-out ones', as the decoder "
-                               "shows them.\n")
+        fresh, remark = held, ("The training objects are not those of earphones.py: there are no fresh ones. "
+                               "Shapes are compared with held-out objects as the decoder shows them, if "
+                               "stage 0 kept some aside (--holdout).\n")
     rows = {name: judge(some, fresh, held, training, cells, config) for name, some in sets.items()}
     more, rows = with_deviation(compared(rows)), with_deviation(rows)
 
@@ -379,11 +389,15 @@ def main(argv=None):
         rungs = [rows[name]["to photos"][0] for name in LADDER if name in rows]
         falls = "falls" if rungs == sorted(rungs, reverse=True) else "does NOT fall"
         remark += f"\nThe distance of pictures {falls} down the ladder {', '.join(LADDER)}.\n"
-    text = [f"{count} samples of a kind, {len(fresh['points'])} fresh objects, {len(held['latents'])} "
-            f"held-out ones with fitted codes; +- is a deviation ({config.bootstrap} resamplings).\n", remark]
+    others = f"{count if cells else 0} fresh objects, {len(held['latents']) if held else 0} held-out ones"
+    text = [f"{count} samples of a kind, {others} with fitted codes; +- is a deviation ({config.bootstrap} "
+            "resamplings).\n", remark]
     for title, columns in TABLES.items():
-        lines = [[name, *(shown(column, row.get(column)) for column in columns)]
-                 for name, row in (more if "ours" in title else rows).items() if row.keys() & set(columns)]
+        some = more if "ours" in title else rows
+        known = {column for row in some.values() for column in row}
+        lines = [[name, *(shown(column, row.get(column)) if column in known else "not defined"
+                          for column in columns)]
+                 for name, row in some.items() if row.keys() & set(columns) or name == "ours"]
         text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
     if config.reconstructions:
         lines, pictures = reconstruction_rows(model, names, config, device)

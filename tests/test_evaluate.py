@@ -220,11 +220,18 @@ def test_without_fresh_objects_the_table_says_so(data, tmp_path):
     train(tmp_path / "real", tmp_path / "autodecoder")
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(tmp_path / "autodecoder"),
                     "--device", "cpu", "--out", str(tmp_path / "diffusion")])
-    stage.main(["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--device", "cpu",
-                "--data", str(data / "earphones_test"), "--out", str(tmp_path / "out"),
-                "--cache", str(tmp_path / "fresh")])
+    flags = ["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--device", "cpu",
+             "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "fresh")]
+    stage.main(flags)                                          # nothing is held out: only what needs nothing
+    rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
+    assert {"d1", "copies"} <= set(rows["ours"]) and not {"Z_U", "1-NNA"} & set(rows["ours"])
+    assert (tmp_path / "out/tables.md").read_text().count("not defined") > 10
+    (tmp_path / "real/earphones_test").symlink_to(data / "earphones_test")
+    stage.main(flags)                                          # beside the training photos, _test for _train
+    rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
+    assert {"Z_U", "1-NNA", "COV"} <= set(rows["ours"]) and "to photos" not in rows["ours"]
     text = (tmp_path / "out/tables.md").read_text()
-    assert "is not defined" in text and "to photos" in text and "noise" not in text
+    assert "not defined" in text and "noise" not in text
 
 
 def test_what_is_missing_or_too_little_is_one_sentence(arguments, tmp_path):
