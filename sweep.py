@@ -56,9 +56,9 @@ SWEEPS = {
     "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}),
              ("penalty", dict(mixture_penalty=0.1), {})],
 }
-COLUMNS = ("1-NNA", "1-NNA, decoded", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
+COLUMNS = ("1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
            "Z_U", "Z_U, shapes", "in other cells")
-PLOTTED = ("copies", "Z_U", "Z_U, shapes", "1-NNA, decoded", "to photos")
+PLOTTED = ("copies", "Z_U", "Z_U, shapes", "1-NNA", "to photos")
 
 
 def arguments(**flags):
@@ -127,7 +127,10 @@ def report(folder, name, rows):
             value, deviation = row[column]
             axis.errorbar(labels.index(label), scale(column) * value,
                           yerr=2 * scale(column) * (deviation or 0), fmt="o", color="C0", capsize=3)
-        axis.set_xticks(range(len(labels)), labels)
+        long = len("".join(labels)) > 16
+        axis.set_xticks(range(len(labels)), labels, rotation=20 if long else 0, fontsize=8 if long else None)
+        if column in evaluate.PERCENT:
+            axis.set_ylim(-3, 103)
         axis.set(title=f"{column}, %" if column in evaluate.PERCENT else column, xlabel=name)
         axis.margins(x=0.2)
     save_figure(figure, folder / "figure.png")
