@@ -208,7 +208,8 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
 def test_a_denoiser_of_shuffled_latents_becomes_a_control(arguments, trained, tmp_path):
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--shuffle",
                     "--device", "cpu", "--out", str(tmp_path / "shuffled")])
-    stage.main([*arguments, "--shuffled", str(tmp_path / "shuffled"), "--out", str(tmp_path / "out")])
+    stage.main([*arguments, "--shuffled", str(tmp_path / "shuffled"), "--out", str(tmp_path / "out"),
+                "--reconstructions", "0"])
     rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
     assert "shuffled latents" in rows
 
@@ -221,7 +222,7 @@ def test_without_fresh_objects_the_table_says_so(data, tmp_path):
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(tmp_path / "autodecoder"),
                     "--device", "cpu", "--out", str(tmp_path / "diffusion")])
     flags = ["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--device", "cpu",
-             "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "fresh")]
+             "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "fresh"), "--no-controls"]
     stage.main(flags)                                          # nothing is held out: only what needs nothing
     rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
     assert {"d1", "copies"} <= set(rows["ours"]) and not {"Z_U", "1-NNA"} & set(rows["ours"])
