@@ -88,7 +88,7 @@ def parse_config(Config, presets=None, argv=None):
 
 
 def at_least(config, **least):
-    """at_least(config, steps=1): the flags below that are one sentence"""
+    """at_least(config, steps=1): a smaller --steps is one sentence"""
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UserError(f"--{name} {getattr(config, name)}: at least {value} is wanted")
@@ -203,7 +203,7 @@ class Run:
             except (OSError, ValueError, TypeError):
                 raise UserError(f"{file} cannot be read: delete it and what it describes, "
                                 "and run again") from None
-            if len(found.keys() & wanted.keys()) < len(wanted) / 2:
+            if len(found.keys() & wanted.keys()) < len(wanted) / 2:        # a few names all stages share
                 raise UserError(f"{self.folder} holds another stage's run: use another --out")
             for field, value in wanted.items():
                 if found.get(field, value) != value:

@@ -8,7 +8,8 @@ distribution that no training saw.  Good samples cannot be told from them.
                 distance; of two sets
                 1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.
                         Against fresh objects' meshes it tells volumes from meshes, whatever the samples;
-                        "decoded": against those as the decoder can show them (codes fitted to photos)
+                        "decoded": against those as the decoder can show them (codes fitted to photos),
+                        and as many samples as there are of those
                 COV     the share of fresh objects that are some sample's nearest
                 MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
     pictures    the features of a network that reads factors off four views.  Of two sets their kernel
@@ -20,11 +21,12 @@ distribution that no training saw.  Good samples cannot be told from them.
                 Meehan et al. 2020)  Below -3: copying
     cells       kind x palette x outline as that network reads them: how many of those that training objects
                 come from the samples reach, and how many of all others
-    foreground  PSNR over the object's own pixels.  pixels: the energy distance of the small pictures as they
-                are.  d1: the mean distance of latents to the nearest training object's.  closest two: of the
-                first 64, the least distance of two latents; "shapes": the same as its neighbour, by Chamfer
+    d1          the mean distance of a latent to the nearest training object's; "closest two of 64": of the
+                first 64 latents to each other.  "shapes": a number by Chamfer distance, not by latents
+    pixels      the energy distance of the small pictures as they are
+    foreground  PSNR over the object's own pixels
 
-A perfect copier has a good 1-NNA too: read it with Z_U.  +- is a deviation, by bootstrap over objects.
+Training objects themselves have the best 1-NNA: read it with Z_U.  +- is a deviation, by bootstrap.
 
 in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2, or the model in the box;
      runs/shuffled                                 a control, if it is there
@@ -399,6 +401,7 @@ def main(argv=None):
                           for column in columns)]
                  for name, row in some.items() if row.keys() & set(columns) or name == "ours"]
         text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
+    pictures = []
     if config.reconstructions:
         lines, pictures = reconstruction_rows(model, names, config, device)
         if pictures:
@@ -419,8 +422,7 @@ def main(argv=None):
     seeds = range(config.seed, config.seed + 16)
     save_picture(out / "nearest.png",
                  contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
-    worst = ", worst.png" * Path(out, "worst.png").exists()
-    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png{worst}")
+    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png" + ", worst.png" * bool(pictures))
 
 
 if __name__ == "__main__":

@@ -306,7 +306,8 @@ def main(argv=None):
         temporary.write_text(text + "\n")
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps({"config": asdict(config), "names": names, "rows": rows}))
-    if PRETRAINED.exists() and Path(config.diffusion, "last.pt").exists():
+    own = PRETRAINED.exists() and Path(config.diffusion, "last.pt").exists()
+    if own:
         save_preview(out / "beside.png", beside(views["samples"][0][:8, 0], seeds[:8], device))
     for k, latent in enumerate(latents) if config.views else ():
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
@@ -317,7 +318,7 @@ def main(argv=None):
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
                   denoiser, (config.seed, config.seed + 1), config.steps)
     more = ", figure3.png, views/ (and in them mesh.glb)" * (config.views > 0)
-    more += ", beside.png" * Path(out, "beside.png").exists()
+    more += ", beside.png" * own
     print(f"wrote {out}: sheet.png, report.txt, report.json, viewer.html{more}")
 
 
