@@ -10,7 +10,7 @@ decoder, for new objects (fit_codes) with the decoder frozen.  G is split where 
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
-run  python autodecoder.py                                       72 objects: 31.34 dB, 6 min (README, A1)
+run  python autodecoder.py                                       72 objects: 31.34 dB, 6 to 11 min (README, A1)
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB, Figure 2
      python autodecoder.py --fit data/earphones_test --views 2       new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality

@@ -72,10 +72,10 @@ def write_transforms(folder):
 
 # ------------------------------------------------------------------------------------------------------- read
 
-def load_photos(folder, size):
-    """A folder in the SRN layout, ours or anybody's, at size x size pixels -> photos (B,V,H,W,3)
-    uint8 on white, masks (B,V,H,W) uint8 or None, poses (B,V,4,4) float32 camera_to_world,
-    intrinsics (B,3,3) float32, names.
+def load_photos(folder, size, objects=0):
+    """A folder in the SRN layout, ours or anybody's, at size x size pixels; its first `objects`, or all
+    -> photos (B,V,H,W,3) uint8 on white, masks (B,V,H,W) uint8 or None, poses (B,V,4,4) float32
+    camera_to_world, intrinsics (B,3,3) float32, names.
 
     Photos are decoded by threads; what is wrong with the data is a UserError that names the file."""
     folder = Path(folder)
@@ -87,21 +87,21 @@ def load_photos(folder, size):
     if (folder / "rgb").is_dir():
         raise UserError(f"{folder} is a single object: give the folder that holds it, "
                         f"{folder.resolve().parent}")
-    objects = [entry for entry in visible(folder) if (entry / "rgb").is_dir()]
-    if not objects:
+    found = [entry for entry in visible(folder) if (entry / "rgb").is_dir()][:objects or None]
+    if not found:
         raise UserError(f"{folder} holds no photos: <object>/rgb/*.png, <object>/pose/*.txt and "
                         "<object>/intrinsics.txt wanted")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = list(pool.map(lambda entry: load_object(entry, size), objects))
+        loaded = list(pool.map(lambda entry: load_object(entry, size), found))
     photos, masks, poses, intrinsics, sides = zip(*loaded)
-    for entry, count, side in zip(objects, map(len, photos), sides):
+    for entry, count, side in zip(found, map(len, photos), sides):
         if (count, side) != (len(photos[0]), sides[0]):
-            raise UserError(f"{entry} has {count} photos of {side} x {side} and {objects[0]} has "
+            raise UserError(f"{entry} has {count} photos of {side} x {side} and {found[0]} has "
                             f"{len(photos[0])} of {sides[0]} x {sides[0]}: "
                             "every object needs as many, and as large, as the others")
     masks = None if any(mask is None for mask in masks) else torch.from_numpy(np.stack(masks))
     return (torch.from_numpy(np.stack(photos)), masks, torch.from_numpy(np.stack(poses)),
-            torch.from_numpy(np.stack(intrinsics)), [entry.name for entry in objects])
+            torch.from_numpy(np.stack(intrinsics)), [entry.name for entry in found])
 
 
 def visible(folder):
@@ -235,6 +235,4 @@ class Photos:
 
 def read_photos(folder, size, objects=0):
     """The first `objects` of a folder, or all"""
-    *tensors, names = load_photos(folder, size)
-    count = objects or len(names)
-    return Photos(*[t if t is None else t[:count] for t in tensors], names[:count])
+    return Photos(*load_photos(folder, size, objects))

@@ -200,9 +200,9 @@ def render_all(todo, config, device):
 def contact_sheet(folder, path, most=72):
     """Of each object, the photo whose camera stands nearest to the front, to one side and
     above; the margins cut off."""
-    photos, _, poses, _, _ = load_photos(folder, 128)
+    photos, _, poses, _, _ = load_photos(folder, 128, most)
     nearest = (poses[:, :, :3, 3] @ torch.tensor([0.55, -0.75, 0.4])).argmax(1)
-    save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:most, 12:-12, 12:-12], columns=12))
+    save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:, 12:-12, 12:-12], columns=12))
 
 
 def check(config):

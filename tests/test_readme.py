@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import render_shapenet
 from common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +30,12 @@ OWN = "--objects 4 --val_objects 0 --test_objects 3 "       # of the procedural 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    golden, shapenet = ROOT / "tests/golden/ShapeNetCore.v2/03261776", folder / "home/ShapeNetCore.v2"
-    for synset in ("03261776", "03001627"):                                          # a stand-in, in ~
-        shutil.copytree(golden, shapenet / synset)
+    golden, home = ROOT / "tests/golden/ShapeNetCore.v2/03261776", folder / "home"
+    for synset in ("03261776", "03001627"):                                 # stand-ins: ShapeNet, in ~
+        shutil.copytree(golden, home / "ShapeNetCore.v2" / synset)
+    render_shapenet.main([*shlex.split(SMALL["render_shapenet"] + OWN), "--out", str(folder / "made")])
+    for place in (home / "cars_train", home / "cars_val", folder / "my_photos"):    # SRN's: without masks
+        shutil.copytree(folder / "made/earphones_train", place, ignore=shutil.ignore_patterns("mask"))
     return folder
 
 
