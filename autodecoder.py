@@ -10,11 +10,11 @@ decoder, for new objects (fit_codes) with the decoder frozen.  G is split where 
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
-run  python autodecoder.py                                       72 objects: 31.34 dB, 6 to 11 min (README, A1)
+run  python autodecoder.py                                       72 objects: 31.34 dB, 6 to 11 min (row A1)
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB, Figure 2
      python autodecoder.py --fit data/earphones_test --views 2       new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
-read Config, draw_batch, reconstruction_loss, fit_codes, main; and decoder.py.
+read Config, draw_batch, reconstruction_loss, fit_codes, main; and decoder.py, views.py.
 """
 import json
 import math
@@ -22,18 +22,18 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import render_shapenet
-from common import (Run, UserError, at_least, atomic_file, grid, load_stage, new_figure, parse_config,
-                    pick_device, plot_log, save_figure, save_picture, to_bytes)
+from common import (Run, UserError, at_least, atomic_file, load_stage, new_figure, parse_config, pick_device,
+                    plot_log, save_figure)
 from decoder import Autodecoder, fast_precision
 from metrics import largest_piece, psnr
 from photos import read_photos
-from volume_render import camera_rays, density, occupancy, render
+from views import decode, depth_picture, preview, render_view, save_preview
+from volume_render import occupancy, render, voxel_opacity
 
 
 @dataclass
@@ -182,13 +182,8 @@ def fog(model, generator, count):
     pairs = torch.randint(len(model.codes), (count, 2), generator=generator)
     weight = torch.rand(count, 1, generator=generator).to(model.codes.device)
     mixed = weight * model.codes[pairs[:, 0]] + (1 - weight) * model.codes[pairs[:, 1]]
-    alpha = voxel_opacity(model, model.to_volume(model.to_latent(mixed)))
+    alpha = voxel_opacity(model.to_volume(model.to_latent(mixed)), model.field)
     return (alpha * (1 - alpha)).mean()
-
-
-def voxel_opacity(model, volume):
-    """(B,C,D,H,W) -> (B,D,H,W): what a ray straight through each voxel loses in it"""
-    return 1 - torch.exp(-density(volume, model.field) / volume.shape[-1])
 
 
 def on_device(generator, device):
@@ -229,23 +224,6 @@ def fit_codes(model, photos, views, config, device):
 
 # ------------------------------------------------------------------------------------------------- measuring
 
-@torch.no_grad()
-def decode(model, code, device):
-    """One code -> its volume (1,C,D,H,W)"""
-    with fast_precision(model.config, device)():
-        return model.to_volume(model.to_latent(code[None]))
-
-
-@torch.no_grad()
-def render_view(model, volume, pose, K, size):
-    """volume (1,C,D,H,W), one camera -> rgb (H,W,3), alpha (H,W), depth (H,W)"""
-    origins, directions = camera_rays(pose[None].to(volume.device), K[None].to(volume.device), size)
-    rgb, alpha, depth = render(volume, origins, directions, 2 * model.config.samples, model.field,
-                               occupied=occupancy(volume, model.field),
-                               transmittance=model.config.transmittance)
-    return rgb.view(size, size, 3), alpha.view(size, size), depth.view(size, size)
-
-
 MEASURES = ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg", "fog", "piece")
 
 
@@ -255,7 +233,7 @@ def measure(model, codes, photos, objects, views, device, mean_photo):
     rows = []
     for o, code in zip(objects, codes):
         volume = decode(model, code, device)
-        piece = largest_piece(voxel_opacity(model, volume)[0] > 0.5)
+        piece = largest_piece(voxel_opacity(volume, model.field)[0] > 0.5)
         for v in views:
             truth, mask = photos.rgb[o, v].float() / 255, photos.mask[o, v] > 127
             view = render_view(model, volume, photos.pose[o, v], photos.intrinsics[o], photos.size)
@@ -291,41 +269,18 @@ def mean_photo(photos, views):
 
 # -------------------------------------------------------------------------------------------------- pictures
 
-def depth_picture(depth, alpha):
-    """Near is light; what is mostly transparent is white."""
-    seen = alpha > 0.5
-    near, far = (depth[seen].min(), depth[seen].max()) if seen.any() else (0.0, 1.0)
-    grey = torch.where(seen, 0.85 - 0.7 * (depth - near) / (far - near + 1e-6), 1.0)
-    return grey[..., None].expand(-1, -1, 3)
-
-
-def preview(model, codes, photos, objects, view, device):
-    """(3,B,H,W,3) uint8: truth, ours and our depth, of one view of these objects, whose codes are given"""
-    columns = []
-    for o, code in zip(objects, codes):
-        volume = decode(model, code, device)
-        rgb, alpha, depth = (t.cpu() for t in render_view(model, volume, photos.pose[o, view],
-                                                          photos.intrinsics[o], photos.size))
-        columns.append(torch.stack([photos.rgb[o, view] / 255, rgb, depth_picture(depth, alpha)]))
-    return to_bytes(torch.stack(columns, 1))
-
-
-def save_preview(path, rows):
-    """Twice as large, to look at."""
-    save_picture(path, np.kron(grid(rows.flatten(0, 1), rows.shape[1]), np.ones((2, 2, 1), np.uint8)))
-
-
 @torch.no_grad()
 def figure1(model, photos, path, device, o=0):
     """The pipeline, from real tensors: code, latent, volume, a held-out view, its depth, the photo."""
     code = model.codes[o]
     latent, volume = model.to_latent(code[None]), decode(model, code, device)
+    opacity = voxel_opacity(volume, model.field)[0]
     rgb, alpha, depth = render_view(model, volume, photos.pose[o, -1], photos.intrinsics[o], photos.size)
     side = math.ceil(len(code) ** 0.5)
     square = F.pad(code, (0, side * side - len(code))).view(side, side)
     middle = latent[0, 0, 0] if model.planes else latent[0, 0, latent.shape[2] // 2]
     panels = [("code e", square, "RdBu"), ("latent G1(e)\none channel, one slice", middle.flip(0), "RdBu"),
-              ("volume G2(G1(e))\ndensest along y", voxel_opacity(model, volume)[0].amax(1).flip(0), "Greys"),
+              ("volume G2(G1(e))\ndensest along y", opacity.amax(1).flip(0), "Greys"),
               ("rendered", rgb.clamp(0, 1), None), ("its depth", depth_picture(depth, alpha), None),
               ("photo, held out", photos.rgb[o, -1].float() / 255, None)]
     figure, axes = new_figure(1, len(panels), figsize=(13, 2.6))

@@ -30,13 +30,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from autodecoder import load_autodecoder, render_view, save_preview
+from autodecoder import load_autodecoder
 from common import (Run, UserError, at_least, load_stage, new_figure, parse_config, pick_device, plot_log,
                     save_figure, to_bytes)
 from denoiser import RobustNorm  # noqa: F401      where it stood, for those who import it from here
 from denoiser import Denoiser, sample
 from noise import ddpm_loss, edm_loss
-from rasterizer import camera_to_world_at, intrinsics_at
+from rasterizer import intrinsics_at
+from views import ANGLES, cameras, render_view, save_preview
 
 
 @dataclass
@@ -177,7 +178,7 @@ def plot_histogram(denoiser, latents, path):
 
 def preview(model, denoiser, raw, averaged, size=64):
     """(2,8,H,W,3) bytes: seeds 0 to 7 by the raw weights; below by the averaged, which stay in the network"""
-    pose, K, rows = camera_to_world_at(215, 25, 1.3).float(), intrinsics_at(size, 131.25).float(), []
+    pose, K, rows = cameras(ANGLES)[0], intrinsics_at(size, 131.25).float(), []
     for weights in (raw, averaged):
         denoiser.network.load_state_dict(weights)
         volumes = [model.to_volume(z[None]) for z in sample(denoiser, range(8))]

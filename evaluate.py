@@ -33,12 +33,11 @@ in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2, or the model i
 out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png, worst.png
 run  python evaluate.py
      python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
-read judge, rivals, held_out_codes, main; and metrics.py.
+read judge, rivals, main; and metrics.py, fresh.py.
 """
 import functools
 import json
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,19 +45,20 @@ import torch
 import torch.nn.functional as F
 
 from autodecoder import Config as Stage1
-from autodecoder import fit_codes, mean_of, mean_photo, measure, preview, save_preview
-from common import (Run, at_least, atomic_file, load_checkpoint, new_figure, parse_config, pick_device,
-                    save_figure, save_picture, to_bytes)
+from autodecoder import fit_codes, mean_of, mean_photo, measure
+from common import (Run, at_least, atomic_file, new_figure, parse_config, pick_device, save_figure,
+                    save_picture, to_bytes)
 from denoiser import sample as draw_samples
 from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser
-from fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, rays_around, read, see_objects,
-                   train_reader, training_cells)
-from metrics import chamfer, copies, coverage, cubic, kernel_distance, minus_distance, mmd, one_nna, z_u
+from fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around, read,
+                   see_objects, train_reader, training_cells, unseen_photos)
+from metrics import (chamfer, copies, coverage, cubic, kernel_distance, minus_distance, mmd, nearest, one_nna,
+                     z_u)
 from metrics import psnr  # noqa: F401      with the others, for those who import evaluate
-from photos import Photos, read_photos
-from rasterizer import intrinsics_at
-from sample import ANGLES, cameras, contact_sheet, load_models, nearest, render_views
+from photos import read_photos
+from sample import contact_sheet, load_models
 from sample import measure as measure_samples
+from views import ANGLES, cameras, preview, render_views, save_preview
 
 
 @dataclass
@@ -194,34 +194,6 @@ def gaussian(points, count, generator):
     weight = torch.randn(count, len(points), generator=generator).to(points.device)
     weight = weight / math.sqrt(len(points) - 1)
     return mean + (weight @ (points - mean).flatten(1)).view(count, *points.shape[1:])
-
-
-def held_out_codes(model, config, unseen, device):
-    """Codes of unseen objects, fitted to eight photos of each; where there are no fresh ones (real data) of
-    those that --holdout kept from training, or None.  Fitted once for a model, and kept."""
-    if unseen:
-        N = len(unseen["rgb"])
-        poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
-        K = intrinsics_at(PIXELS, 131.25).float().expand(N, 3, 3)
-        photos = Photos(unseen["rgb"], unseen["mask"], poses, K, [f"fresh_{k}" for k in range(N)])
-    elif unseen_photos(config, model).is_dir():
-        photos = read_photos(unseen_photos(config, model), model.config.size, config.fits)
-    else:
-        return None
-    N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
-    file = Path(config.cache, f"fits_{fingerprint(model):.4f}.pt")
-    if file.exists() and len(load_checkpoint(file)) >= N:
-        return load_checkpoint(file)[:N].to(device)
-    print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
-    codes = fit_codes(model, photos, views, Stage1(fit_steps=config.fit_steps), device)
-    with atomic_file(file) as temporary:
-        torch.save(codes.cpu(), temporary)
-    return codes
-
-
-def unseen_photos(config, model):
-    """The folder where stage 0 puts objects that stage 1 does not train on"""
-    return Path(config.data or re.sub("_train$", "_test", model.config.data.rstrip("/")))
 
 
 LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "ours", "fresh objects")

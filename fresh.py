@@ -11,7 +11,7 @@ photos: trained on objects of all cells of factors, those too that training obje
 
 in   nothing: objects are made here
 out  runs/fresh/     fresh.pt, readings.pt, reader.pt: made once, for any model; minutes on two cores
-read see_object, cloud, Reader, train_reader.
+read see_object, cloud, Reader, train_reader, held_out_codes.
 """
 import json
 import math
@@ -27,11 +27,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import earphones
+from autodecoder import Config as Stage1
+from autodecoder import fit_codes
 from common import atomic_file, load_checkpoint, to_bytes
+from diffusion import fingerprint
 from meshes import load_obj
+from photos import Photos, read_photos
 from rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
 from render_shapenet import worker_setup
-from sample import cameras
+from views import cameras
 from volume_render import camera_rays
 
 PIXELS = 64
@@ -195,3 +199,33 @@ def training_cells(names, folder):
         f = json.loads(file.read_text()) if file.exists() else earphones.draw_factors("train", int(match[1]))
         cells.append(cell_of(labels(f)[None]).item())
     return sorted(set(cells))
+
+
+# ------------------------------------------------------------------------------- as the decoder can show them
+
+def held_out_codes(model, config, unseen, device):
+    """Codes of unseen objects, fitted to eight photos of each; where there are no fresh ones (real data) of
+    those that --holdout kept from training, or None.  Fitted once for a model, and kept."""
+    if unseen:
+        N = len(unseen["rgb"])
+        poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
+        K = intrinsics_at(PIXELS, 131.25).float().expand(N, 3, 3)
+        photos = Photos(unseen["rgb"], unseen["mask"], poses, K, [f"fresh_{k}" for k in range(N)])
+    elif unseen_photos(config, model).is_dir():
+        photos = read_photos(unseen_photos(config, model), model.config.size, config.fits)
+    else:
+        return None
+    N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
+    file = Path(config.cache, f"fits_{fingerprint(model):.4f}.pt")
+    if file.exists() and len(load_checkpoint(file)) >= N:
+        return load_checkpoint(file)[:N].to(device)
+    print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
+    codes = fit_codes(model, photos, views, Stage1(fit_steps=config.fit_steps), device)
+    with atomic_file(file) as temporary:
+        torch.save(codes.cpu(), temporary)
+    return codes
+
+
+def unseen_photos(config, model):
+    """The folder where stage 0 puts objects that stage 1 does not train on"""
+    return Path(config.data or re.sub("_train$", "_test", model.config.data.rstrip("/")))

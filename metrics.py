@@ -2,7 +2,7 @@
 The numbers: of a picture, of a shape, of two sets of either.  Each is a function of tensors alone; what they
 mean, and what to compare them with, stands in evaluate.py.
 
-read psnr, chamfer, one_nna, z_u, kernel_distance.
+read psnr, outside_span, chamfer, one_nna, z_u, kernel_distance.
 """
 import math
 
@@ -29,6 +29,45 @@ def largest_piece(solid):
         label = spread
     counts = label[solid].unique(return_counts=True)[1]
     return (counts.max() / counts.sum()).item() if len(counts) else math.nan
+
+
+def haze(alpha):
+    """(V,H,W) -> mean opacity further than 2 pixels from what is opaque"""
+    beyond = F.max_pool2d((alpha > 0.5).float()[:, None], 5, 1, 2)[:, 0] == 0
+    return alpha[beyond].mean().item() if beyond.any() else 0.0
+
+
+def colour_residual(rgb, alpha, count=4):
+    """(V,H,W,3), (V,H,W) -> how far the opaque pixels' colours are from the nearest of `count` (rms)"""
+    colours = rgb[alpha > 0.9]
+    if len(colours) < count:
+        return math.nan
+    means = colours[torch.linspace(0, len(colours) - 1, count).long()]
+    for _ in range(10):                                            # k-means
+        which = torch.cdist(colours, means).argmin(1)
+        means = torch.stack([colours[which == k].mean(0) if (which == k).any() else means[k]
+                             for k in range(count)])
+    return torch.cdist(colours, means).min(1).values.square().mean().sqrt().item()
+
+
+# ------------------------------------------------------------------------------------------ sets of latents
+
+def outside_span(latents, training):
+    """(B,...), (N,...) -> (B,): the share of each one's norm, about the training mean, that no sum of
+    training latents gives"""
+    mean = training.mean(0)
+    span = torch.linalg.svd((training - mean).flatten(1), full_matrices=False)[2][:len(training) - 1]
+    x = (latents - mean).flatten(1)
+    return (x - x @ span.T @ span).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)
+
+
+def nearest(latents, training, itself=False):
+    """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
+    exact = "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
+    if itself:                                                     # training latents, each to the others
+        distance.fill_diagonal_(math.inf)
+    return distance.sort(1)
 
 
 # --------------------------------------------------------------------------------------------- sets of shapes

@@ -21,7 +21,7 @@ out  samples/     sheet.png, figure3.png, report.txt, report.json, viewer.html (
                   views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
 run  python sample.py                                 0.003 s a sample on two cores; the report takes longer
      python sample.py --count 64 --seed 1000 --views 0
-read Config, render_views, outside_span, measure, main.
+read Config, measure, contact_sheet, main; and views.py, metrics.py.
 """
 import json
 import math
@@ -31,19 +31,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from autodecoder import (build_autodecoder, depth_picture, kinds_of, load_autodecoder, save_preview,
-                         voxel_opacity)
+from autodecoder import build_autodecoder, kinds_of, load_autodecoder
 from common import (UserError, at_least, atomic_file, atomic_folder, grid, load_checkpoint, load_stage,
                     parse_config, pick_device, save_picture, to_bytes)
 from denoiser import sample
 from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser
-from metrics import largest_piece
+from isosurface import write_mesh
+from metrics import colour_residual, haze, largest_piece, nearest, outside_span
+from page import write_gallery
 from photos import write_intrinsics, write_view
-from rasterizer import camera_to_world_at, intrinsics_at
-from volume_render import camera_rays, occupancy, render
+from rasterizer import intrinsics_at
+from views import ANGLES, SIZE, cameras, depth_picture, render_views, save_preview
 
 
 @dataclass
@@ -63,8 +63,6 @@ class Config:
 
 
 PRETRAINED = Path(__file__).parent / "pretrained/earphones.pt"
-ANGLES = ((215, 25), (30, 10), (125, -10), (300, 45))    # azimuth, elevation: the cameras to compare by
-SIZE = 64                                                # pixels of those views
 
 
 def load_models(config, device):
@@ -113,67 +111,7 @@ def unpack(file, device):
     return *build_autodecoder(state["autodecoder"], device), build_denoiser(state["diffusion"], device)[0]
 
 
-# -------------------------------------------------------------------------------------------------- rendering
-
-@torch.no_grad()
-def render_views(model, latents, poses, size, batch=8):
-    """latents (B,...), poses (V,4,4) -> rgb (B,V,H,W,3), alpha (B,V,H,W), depth, solid (B,D,H,W) bool"""
-    K, device = intrinsics_at(size, 131.25).float().to(latents.device), latents.device
-    rays = (some.flatten(0, 1)[None] for some in camera_rays(poses.to(device), K, size))
-    origins, directions = (some.expand(batch, -1, -1) for some in rays)                    # (batch,VHW,3)
-    parts = []
-    for part in latents.split(batch):
-        volume, B = model.to_volume(part), len(part)
-        pictures = render(volume, origins[:B], directions[:B], 2 * model.config.samples, model.field,
-                          occupied=occupancy(volume, model.field))
-        shape = (B, len(poses), size, size)
-        rgb, alpha, depth = (picture.view(*shape, *picture.shape[2:]) for picture in pictures)
-        parts.append((rgb, alpha, depth, voxel_opacity(model, volume) > 0.5))
-    return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
-
-
-def cameras(angles):
-    return torch.stack([camera_to_world_at(azimuth, elevation, 1.3) for azimuth, elevation in angles]).float()
-
-
 # -------------------------------------------------------------------------------------------------- measuring
-
-def outside_span(latents, training):
-    """(B,...), (N,...) -> (B,): the share of each one's norm, about the training mean, that no sum of
-    training latents gives"""
-    mean = training.mean(0)
-    span = torch.linalg.svd((training - mean).flatten(1), full_matrices=False)[2][:len(training) - 1]
-    x = (latents - mean).flatten(1)
-    return (x - x @ span.T @ span).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)
-
-
-def nearest(latents, training, itself=False):
-    """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
-    exact = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
-    if itself:                                                     # training latents, each to the others
-        distance.fill_diagonal_(math.inf)
-    return distance.sort(1)
-
-
-def colour_residual(rgb, alpha, count=4):
-    """(V,H,W,3), (V,H,W) -> how far the opaque pixels' colours are from the nearest of `count` (rms)"""
-    colours = rgb[alpha > 0.9]
-    if len(colours) < count:
-        return math.nan
-    means = colours[torch.linspace(0, len(colours) - 1, count).long()]
-    for _ in range(10):                                            # k-means
-        which = torch.cdist(colours, means).argmin(1)
-        means = torch.stack([colours[which == k].mean(0) if (which == k).any() else means[k]
-                             for k in range(count)])
-    return torch.cdist(colours, means).min(1).values.square().mean().sqrt().item()
-
-
-def haze(alpha):
-    """(V,H,W) -> mean opacity further than 2 pixels from what is opaque"""
-    beyond = F.max_pool2d((alpha > 0.5).float()[:, None], 5, 1, 2)[:, 0] == 0
-    return alpha[beyond].mean().item() if beyond.any() else 0.0
-
 
 MEASURES = ("outside", "d1", "d1_over_d2", "piece", "haze", "colours")
 
@@ -246,7 +184,6 @@ def beside(rgb, seeds, device):
 
 def write_sample(folder, model, latent, config):
     """One sample's views, on a turn around it, in the SRN layout, and its mesh"""
-    from export import write_mesh                                  # which imports this file
     poses = cameras([(360 * k / config.views, config.elevation) for k in range(config.views)])
     rgb, alpha, _, _ = (picture[0] for picture in render_views(model, latent[None], poses, config.size))
     with atomic_folder(folder) as temporary:
@@ -314,7 +251,6 @@ def main(argv=None):
         if k == 0:                         # the paper's Figure 3: a new object from cameras all around it
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
-    from export import write_gallery                               # which imports this file
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
                   denoiser, (config.seed, config.seed + 1), config.steps)
     more = ", figure3.png, views/ (and in them mesh.glb)" * (config.views > 0)

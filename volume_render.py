@@ -137,6 +137,11 @@ def density(volume, field=voxel_field):
     return field(volume.permute(0, 2, 3, 4, 1), centres)[0]
 
 
+def voxel_opacity(volume, field=voxel_field):
+    """(B,C,D,H,W) -> (B,D,H,W): what a ray straight through each voxel loses in it"""
+    return 1 - torch.exp(-density(volume, field) / volume.shape[-1])
+
+
 @torch.no_grad()
 def occupancy(volume, field=voxel_field):
     """(B,C,N,N,N) -> (B,N+1,N+1,N+1) bool: the cells between voxel centres where a sample can see anything.

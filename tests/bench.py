@@ -22,11 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import autodecoder
-import export
+import page
 import render_shapenet as stage
+from isosurface import mesh_of
 from meshes import Mesh, load_obj
 from metrics import psnr as psnr_of
 from photos import read_photos
+from views import decode
 from volume_render import camera_rays, occupancy, render, voxel_field
 
 
@@ -70,7 +72,7 @@ def render_rows():
         autodecoder.main("--objects 1 --size 128 --channels 64,32,16 --steps 1000 --preview_every 1000 "
                          f"--rays 4096 --out {folder}".split())
         model, _ = autodecoder.load_autodecoder(folder)
-    volume = autodecoder.decode(model, model.codes[0], torch.device("cpu"))
+    volume = decode(model, model.codes[0], torch.device("cpu"))
     K = stage.intrinsics_at(128, 131.25).float()[None]
     times, worst_image, worst_gradient = [], math.inf, 1.0
     for azimuth, elevation in ((215, 25), (100, 0), (340, -30)):
@@ -108,10 +110,10 @@ def export_rows(folder):
     photos = read_photos(model.config.data, model.config.size, len(names))
     cpu = torch.device("cpu")
     chosen = np.linspace(0, len(names) - 1, min(9, len(names))).round().astype(int).tolist()
-    volumes = [autodecoder.decode(model, model.codes[o], cpu) for o in chosen]
+    volumes = [decode(model, model.codes[o], cpu) for o in chosen]
     large = torch.nn.functional.interpolate(volumes[0], size=(64,) * 3, mode="trilinear")
-    seconds = best(lambda: export.mesh_of(model, large, 64), 5) / 1e3
-    faces = export.mesh_of(model, large, 64)[1]
+    seconds = best(lambda: mesh_of(model, large, 64), 5) / 1e3
+    faces = mesh_of(model, large, 64)[1]
     print(f"mesh of a 64^3 volume, {len(faces):,} faces: {seconds:.3f} s on one core")
     apart = [mesh_to_truth(model, names[o], volume) for o, volume in zip(chosen, volumes)]
     if apart[0]:
@@ -122,9 +124,9 @@ def export_rows(folder):
     # Held-out views, from the volume, from what the page stores, and from the same without the 8 bits
     psnr = {}
     for o, volume in zip(chosen, volumes):
-        finer = {f"baked at {n}^3": export.bake_for_page(model, volume, n)
+        finer = {f"baked at {n}^3": page.bake_for_page(model, volume, n)
                  for n in (volume.shape[-1], 2 * volume.shape[-1])}
-        stored = {f"{name}, in 8 bits": export.unpack(export.pack(baked)) for name, baked in finer.items()}
+        stored = {f"{name}, in 8 bits": page.unpack(page.pack(baked)) for name, baked in finer.items()}
         for v in (-1, -2, -3, -4):
             rays = camera_rays(photos.pose[o, v][None], photos.intrinsics[o][None], photos.size)
             truth = photos.rgb[o, v].view(1, -1, 3) / 255
@@ -145,7 +147,7 @@ def mesh_to_truth(model, name, volume):
     file = next(Path(model.config.data).parent.glob(f"procedural/*/{name}/models/model_normalized.obj"), None)
     if file is None:
         return ()
-    vertices, faces, *_ = export.mesh_of(model, volume)
+    vertices, faces, *_ = mesh_of(model, volume)
     ours = grey_mesh(vertices.double(), faces)
     a, b = (visible_points(mesh) for mesh in (ours, stage.to_world(load_obj(file))[0]))
     apart = torch.cdist(a, b) * volume.shape[-1]

@@ -18,6 +18,7 @@ import autodecoder as stage
 import common
 import decoder
 import metrics
+import volume_render
 from common import UserError
 from conftest import SMOKE, train
 from photos import read_photos
@@ -47,7 +48,7 @@ def test_every_knob_decodes_and_learns(change, latent, volume):
     sigma, rgb = model.field(torch.randn(5, 7, volume[1]), torch.rand(5, 7, 3) - 0.5)
     assert sigma.shape == (5, 7) and rgb.shape == (5, 7, 3)
     assert (sigma >= 0).all() and 0 <= rgb.min() and rgb.max() <= 1
-    density = stage.density(v, model.field)
+    density = volume_render.density(v, model.field)
     colour = model.field(v.movedim(1, -1), torch.zeros(2, *v.shape[2:], 3))[1]
     (density.mean() + colour.mean()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -116,7 +117,7 @@ def test_batches_are_the_photos(data):
     assert len(set(objects.tolist())) == 2
     assert (opacity[:, :100] > 0).float().mean() > 2 * (opacity[:, 100:] > 0).float().mean()
     for b, o in enumerate(objects):
-        rays = [stage.camera_rays(photos.pose[o, v], photos.intrinsics[o], 32) for v in range(6)]
+        rays = [volume_render.camera_rays(photos.pose[o, v], photos.intrinsics[o], 32) for v in range(6)]
         all_o, all_d = zip(*rays)
         all_o, all_d, rgb = torch.cat(all_o), torch.cat(all_d), photos.rgb[o].reshape(-1, 3)
         for r in range(0, 200, 9):

@@ -17,6 +17,7 @@ from PIL import Image
 import common
 import denoiser as denoisers
 import diffusion as stage
+import metrics
 import noise as noises
 import render_shapenet
 import sample
@@ -212,14 +213,14 @@ def test_low_rank_latents_are_sampled_with_their_variance(formulation):
     samples = denoisers.sample(denoiser, range(200), 18 if formulation == "edm" else 200)
     spread = lambda x: (x - latents.mean(0)).square().sum() / len(x)
     assert 0.8 < spread(samples) / spread(latents) < 1.2
-    assert sample.outside_span(samples, latents).max() < 0.05
+    assert metrics.outside_span(samples, latents).max() < 0.05
 
 
 def test_a_denoiser_too_narrow_is_caught():
     """64 hidden numbers cannot take noise off 8,192: what is left shows outside the latents' span."""
     latents = low_rank(100)
     narrow = fitted(latents, 150, components=0, width=64)
-    assert sample.outside_span(denoisers.sample(narrow, range(16)), latents).median() > 0.2
+    assert metrics.outside_span(denoisers.sample(narrow, range(16)), latents).median() > 0.2
 
 
 def test_latents_are_really_used():
@@ -228,7 +229,7 @@ def test_latents_are_really_used():
     latents, g = low_rank(100), torch.Generator().manual_seed(3)
     order = torch.rand(len(latents), latents[0].numel(), generator=g).argsort(0)
     shuffled = latents.flatten(1).gather(0, order).view_as(latents)
-    real, other = (sample.outside_span(denoisers.sample(fitted(some, 100), range(32)), latents).median()
+    real, other = (metrics.outside_span(denoisers.sample(fitted(some, 100), range(32)), latents).median()
                    for some in (latents, shuffled))
     assert other > 0.5 and other > 5 * real
 

@@ -17,11 +17,14 @@ import browser
 import decoder
 import diffusion
 import export as stage
+import isosurface
 import noise
+import page as viewer
 import test_diffusion
 from common import UserError
 from rasterizer import camera_to_world_at
-from volume_render import camera_rays, headphones, render, voxel_field
+from views import ANGLES
+from volume_render import camera_rays, headphones, lookup, render, voxel_field
 
 needs_chromium = pytest.mark.skipif(not browser.find(),
                                     reason="no Chromium on the PATH (Debian: apt install chromium)")
@@ -58,7 +61,7 @@ def volume_within(vertices, faces):
 # ---- marching tetrahedra ----
 
 def test_the_mesh_of_a_sphere_is_a_sphere():
-    vertices, faces, normals, colours = stage.mesh_of(Volumes(), ball(), 40)
+    vertices, faces, normals, colours = isosurface.mesh_of(Volumes(), ball(), 40)
     centre, radius = torch.tensor([0.05, -0.02, 0.03]), 0.35
     assert closed(faces)
     assert len(vertices) - 3 * len(faces) // 2 + len(faces) == 2                   # Euler's number
@@ -78,7 +81,7 @@ def test_all_cases_close_and_face_outwards():
     """Noise meets each of the 16 cases, in each of the 6 tetrahedra; sides differ, lest axes get mixed up."""
     f = torch.full((9, 12, 15), -1.0)
     f[1:-1, 1:-1, 1:-1] = torch.randn(7, 10, 13, generator=torch.Generator().manual_seed(0))
-    vertices, faces = stage.marching_tetrahedra(f)
+    vertices, faces = isosurface.marching_tetrahedra(f)
     assert closed(faces) and vertices.amax(0).tolist() < [14, 11, 8] and vertices.min() > 0
     # f is linear along each edge: the vertices are where it is 0, and they enclose about what is inside
     low, share = vertices.floor().long(), vertices - vertices.floor()
@@ -92,10 +95,10 @@ def test_all_cases_close_and_face_outwards():
 
 def test_what_reaches_the_cube_is_closed_on_its_faces():
     full = torch.full((1, 4, 8, 8, 8), 9.0)
-    vertices, faces, *_ = stage.mesh_of(Volumes(), full, 8)
+    vertices, faces, *_ = isosurface.mesh_of(Volumes(), full, 8)
     assert closed(faces) and (vertices.abs().amax(1) - 0.5).abs().max() < 1e-3
     assert 0.97 < volume_within(vertices, faces) < 1.0                             # its edges are cut off
-    assert len(stage.mesh_of(Volumes(), -full, 8)[1]) == 0
+    assert len(isosurface.mesh_of(Volumes(), -full, 8)[1]) == 0
 
 
 def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
@@ -104,10 +107,10 @@ def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
     model = decoder.Autodecoder(config, 2).eval()
     with torch.no_grad():
         volume = model.to_volume(model.to_latent(model.codes[:1]))
-        baked = stage.bake(model, volume, 24)
+        baked = isosurface.bake(model, volume, 24)
         at = torch.tensor([3, 20, 11])                                             # x, y, z
         point = ((at + 0.5) / 24 - 0.5)[None, None]
-        sigma, rgb = model.field(stage.lookup(volume, point), point)
+        sigma, rgb = model.field(lookup(volume, point), point)
     x, y, z = at.tolist()
     assert (torch.nn.functional.softplus(decoder.GAIN * baked[0, z, y, x]) - sigma).abs().max() < 1e-5
     assert (baked[1:, z, y, x].sigmoid() - rgb[0, 0]).abs().max() < 1e-6
@@ -167,7 +170,7 @@ def read_glb(path):
 @pytest.fixture(scope="module")
 def glb(tmp_path_factory):
     path = tmp_path_factory.mktemp("glb") / "mesh.glb"
-    assert stage.write_mesh(path, Volumes(), ball()[0], 40)
+    assert isosurface.write_mesh(path, Volumes(), ball()[0], 40)
     return path
 
 
@@ -188,12 +191,12 @@ def test_the_glb_obeys_gltf(glb):
 
 def test_parts_of_any_length_are_aligned(tmp_path):
     for resolution in (9, 10, 11, 12, 14):                                         # as many lengths of JSON
-        stage.write_mesh(tmp_path / "mesh.glb", Volumes(), ball(12)[0], resolution)
+        isosurface.write_mesh(tmp_path / "mesh.glb", Volumes(), ball(12)[0], resolution)
         read_glb(tmp_path / "mesh.glb")
 
 
 def test_colours_are_made_linear():
-    found = stage.linear(torch.tensor([0.0, 0.02, 0.2, 0.5, 1.0]))
+    found = isosurface.linear(torch.tensor([0.0, 0.02, 0.2, 0.5, 1.0]))
     assert (found - torch.tensor([0.0, 0.001548, 0.033105, 0.214041, 1.0])).abs().max() < 1e-5
 
 
@@ -219,26 +222,26 @@ def phones(n=32):
 
 def test_what_is_stored_renders_the_same():
     volume, model = phones(), Volumes()
-    packed = stage.pack(stage.bake_for_page(model, volume, 32))
+    packed = viewer.pack(viewer.bake_for_page(model, volume, 32))
     assert len(packed["data"]) < 0.5 * 4 * 32 ** 3                                 # most of it is empty
-    stored = stage.unpack(packed)[None]
-    pose = camera_to_world_at(*stage.ANGLE, 1.3).float()[None]
+    stored = viewer.unpack(packed)[None]
+    pose = camera_to_world_at(*ANGLES[0], 1.3).float()[None]
     rays = camera_rays(pose, torch.tensor([[[65.6, 0, 32], [0, 65.6, 32], [0, 0, 1]]]), 64)
     for a, b in zip(render(volume, *rays, 96, model.field)[:2], render(stored, *rays, 96, voxel_field)[:2]):
         assert (a - b).abs().mean() < 0.002 and (a - b).abs().max() < 0.1
     for nothing in (-10.0, 10.0):                                                  # empty; all solid
         volume = torch.full((1, 4, 8, 8, 8), nothing)
-        stored = stage.unpack(stage.pack(stage.bake_for_page(model, volume, 8)))[None]
+        stored = viewer.unpack(viewer.pack(viewer.bake_for_page(model, volume, 8)))[None]
         alpha = render(stored, *rays, 32, voxel_field)[1]
         assert (alpha.max() < 1e-3) if nothing < 0 else (alpha.max() > 0.999)
 
 
 def write_page(path, volumes, times=1):
     labels = [f"object {k}" for k in range(len(volumes))]
-    objects = stage.page_objects(Volumes(), volumes, labels, ["<b>note</b>"] * len(labels)) * times
+    objects = viewer.page_objects(Volumes(), volumes, labels, ["<b>note</b>"] * len(labels)) * times
     objects = [{**one, "beside": len(objects) - 1} for one in objects]
     sets = [("One", "all", list(range(len(objects)))), ("Other", "the last", [len(objects) - 1])]
-    stage.write_page(path, "</script> & title", "about", sets, objects, 96)
+    viewer.write_page(path, "</script> & title", "about", sets, objects, 96)
     return path
 
 
@@ -332,7 +335,7 @@ def test_the_shader_agrees_with_the_renderer(chromium, page, camera):
 @needs_chromium
 def test_opacity_and_depth_agree_too(chromium, page):
     seen = opened(chromium, page, "mode=2")
-    _, alpha = expected(page[1][0], seen.shape, *stage.ANGLE, 1.3, 96)
+    _, alpha = expected(page[1][0], seen.shape, *ANGLES[0], 1.3, 96)
     assert (1 - seen[..., 0] - alpha).abs().mean() < 4 / 255
     depth = opened(chromium, page, "mode=1")
     assert (depth - seen).abs().mean() > 0.02
@@ -452,10 +455,10 @@ def test_without_webgl2_it_says_so_and_shows_the_still(chromium, page):
 def test_walks_and_denoising_end_at_the_samples(diffused):
     denoiser, _ = diffusion.load_denoiser(diffused)
     samples = diffusion.sample(denoiser, [3, 8], 5)
-    path = stage.walk(denoiser, (3, 8), 5, 4)
+    path = viewer.walk(denoiser, (3, 8), 5, 4)
     assert (path[[0, 3]] - samples).abs().max() < 1e-3 * samples.abs().max()
     assert (path[1] - path[0]).abs().max() > 1e-2
-    sigmas, moments = stage.denoising(denoiser, 3, 5, 4)
+    sigmas, moments = viewer.denoising(denoiser, 3, 5, 4)
     assert (moments[-1] - samples[0]).abs().max() < 1e-3 * samples.abs().max()
     assert len(moments) == len(sigmas) == 4
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0

@@ -1,5 +1,6 @@
-"""Every command that the README shows runs, at smoke size, in the order in which it stands there."""
+"""Every command that the README shows runs, at smoke size."""
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -11,7 +12,9 @@ import render_shapenet
 from common import UserError
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = re.findall(r"(?:^    |`)python ((\w+)\.py[^`\n#]*)", (ROOT / "README.md").read_text(), re.M)
+README = (ROOT / "README.md").read_text()
+COMMANDS = [command for before in ("^    ", "`")                 # those of a line, then those of a sentence
+            for command in re.findall(before + r"python ((\w+)\.py[^`\n#]*)", README, re.M)]
 COMMANDS = list(dict.fromkeys((command.strip(), script) for command, script in COMMANDS))
 STAGE = "--preset smoke --steps 4 --device cpu "
 SMALL = {                                      # what makes each small; of a flag given twice the last counts
@@ -51,7 +54,7 @@ def test_a_command_of_the_readme(command, script, folder, monkeypatch):
     small = SMALL[script]
     if script == "render_shapenet":
         small += "--holdout 1" if "--shapenet" in command else OWN
-    argv = shlex.split(command)[1:] + shlex.split(small)
+    argv = [os.path.expanduser(word) for word in shlex.split(command)[1:]] + shlex.split(small)
     stage = importlib.import_module(script)
     if "--help" in argv:
         with pytest.raises(SystemExit) as done:

@@ -1,0 +1,157 @@
+"""
+One page that shows volumes in any browser, without a server or the network: viewer.html.  Its shader is
+volume_render.py once more, pixel by pixel; here is what it is fed: volumes in 8 bits, stills, words.
+
+in   latents, and with a denoiser the ways out of noise and from one sample to another
+out  viewer.html, of viewer_template.html
+read pack, page_objects, gallery; then viewer_template.html.
+"""
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from autodecoder import kinds_of
+from common import atomic_file, to_bytes
+from decoder import GAIN
+from denoiser import sample
+from diffusion import latents_of
+from isosurface import bake
+from metrics import nearest
+from views import ANGLES, cameras, render_views
+from volume_render import EMPTY, either
+
+TEMPLATE = Path(__file__).parent / "viewer_template.html"
+
+
+# ---------------------------------------------------------------------------------------- a volume in 8 bits
+
+def pack(channels):
+    """channels (4,N,N,N) before activation, density times GAIN -> a dict for the page: 8 bits a number, and
+    only of the voxels that some sample in a non-empty cell can see: about one in twelve.  A bit for each
+    voxel says whether it is one; their bytes follow, in the same order."""
+    dense = F.softplus(channels[None, 0]) > EMPTY
+    seen = either(either(F.pad(dense, (1,) * 6)))[0]                              # those, and all beside them
+    values = channels[:, seen] if seen.any() else channels.new_tensor([-20.0, 0, 0, 0])[:, None]
+    low, high = values.amin(1), values.amax(1)
+    low[0] = low[0].clamp(max=-20)               # what is not stored is byte 0, and must be empty
+    high = torch.maximum(high, low + 1e-6)
+    bytes_ = ((values - low[:, None]) / (high - low)[:, None] * 255).round().byte()
+    data = np.packbits(seen.cpu().numpy(), bitorder="little").tobytes()
+    data += bytes_.T.cpu().numpy().tobytes() if seen.any() else b""
+    return dict(n=channels.shape[-1], low=low.tolist(), span=(high - low).tolist(),
+                data=base64.b64encode(data).decode())
+
+
+def unpack(packed):
+    """What the page makes of it -> (4,N,N,N)"""
+    n, data = packed["n"], base64.b64decode(packed["data"])
+    bits = -(-n ** 3 // 8)
+    seen = np.unpackbits(np.frombuffer(data[:bits], np.uint8), count=n ** 3, bitorder="little").astype(bool)
+    texels = np.zeros((n ** 3, 4), np.uint8)
+    texels[seen] = np.frombuffer(data[bits:], np.uint8).reshape(-1, 4)
+    low, span = (torch.tensor(packed[key])[:, None] for key in ("low", "span"))
+    return (low + span * torch.from_numpy(texels).T / 255).view(4, n, n, n)
+
+
+def bake_for_page(model, volume, resolution):
+    gain = torch.tensor([GAIN, 1, 1, 1], device=volume.device)
+    return bake(model, volume, resolution) * gain.view(4, 1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------- the page
+
+@torch.no_grad()
+def page_objects(model, latents, labels, notes, most=64):
+    """latents (B,...), a label and a note each -> dicts for the page, each with a still of 192 pixels and at
+    most `most` voxels a side"""
+    objects = []
+    rgb, alpha, *_ = render_views(model, latents, cameras(ANGLES[:1]), 192)
+    for k, latent in enumerate(latents):
+        volume = model.to_volume(latent[None])
+        # The mlp head makes more of a volume than its voxels: baked at their size it loses 1.0 dB, at twice
+        # that 0.14
+        fine = volume.shape[-1] * (2 if model.config.head == "mlp" else 1)
+        objects.append(dict(label=labels[k], note=notes[k], still=data_uri(rgb[k, 0], alpha[k, 0]),
+                            **pack(bake_for_page(model, volume, min(fine, most)))))
+    return objects
+
+
+def data_uri(rgb, alpha):
+    """A picture on white -> on nothing, so that it suits a dark page too"""
+    rgb = (rgb - 1 + alpha[..., None]) / alpha.clamp(min=1 / 255)[..., None]
+    pixels = to_bytes(torch.cat([rgb, alpha[..., None]], -1)).numpy()
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "WEBP", quality=80, method=1)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def write_page(path, title, about, sets, objects, samples):
+    """sets: [(name, what it is, indices of its objects)]; samples: bins along a ray, at first"""
+    content = dict(title=title, about=about, samples=samples, objects=objects,
+                   sets=[dict(zip(("name", "about", "objects"), some)) for some in sets])
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")     # no name can end the script
+    with atomic_file(path) as temporary:
+        temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+def denoising(denoiser, seed, steps=0, count=12):
+    """-> `count` noise levels, and the latents (count,...) that the denoiser expects; last, the sample"""
+    trace = []
+    trace.append((0.0, sample(denoiser, [seed], steps, trace)))
+    chosen = torch.linspace(0, len(trace) - 1, min(count, len(trace))).round().long().tolist()
+    return [trace[k][0] for k in chosen], torch.cat([trace[k][1] for k in chosen])
+
+
+def walk(denoiser, pair, steps=0, count=8):
+    """Samples of noise between two seeds' -> latents (count,...)"""
+    return sample(denoiser, [(*pair, share) for share in torch.linspace(0, 1, count).tolist()], steps)
+
+
+def gallery(model, names, latents, labels, denoiser=None, pair=None, steps=0):
+    """-> the page's sets and objects: these latents, and with a denoiser how the first of the seeds `pair`
+    came out of noise, and a walk between the two; last, whichever training object is the nearest of each"""
+    training = latents_of(model, model.codes)
+    apart = nearest(training, training, itself=True)[0][:, 0]
+    shown = [("Samples" if denoiser else "Reconstructions", "", latents, labels, 64)]
+    if denoiser:
+        sigmas, moments = denoising(denoiser, pair[0], steps)
+        path, (a, b) = walk(denoiser, pair, steps), pair
+        levels = [f"\u03c3 = {sigma:.3g}" for sigma in sigmas[:-1]]
+        between = [f"{k} of {len(path) - 1}" for k in range(1, len(path) - 1)]
+        shown += [("Denoising", f"Where the denoiser expects to end, as seed {a}'s noise (\u03c3) falls.",
+                   moments, [*levels, f"seed {a}"], 32),
+                  ("Walk", f"Samples of the noise between seed {a}'s and seed {b}'s.", path,
+                   [f"seed {a}", *between, f"seed {b}"], 64)]
+    sets, objects, whose = [], [], []
+    for name, about, some, said, most in shown:
+        distance, near = nearest(some, training)
+        k = int(not denoiser and len(names) > 1)              # a reconstruction's nearest is itself
+        notes = [f"{d:.0f} from the nearest{'' if denoiser else ' other'} training latent; those are "
+                 f"{apart.mean():.0f} from their own nearest" if len(names) > 1 else ""
+                 for d in distance[:, k].tolist()]
+        sets.append((name, about, list(range(len(objects), len(objects) + len(some)))))
+        objects += page_objects(model, some, said, notes, most)
+        whose += near[:, k].tolist()
+    kinds, used = kinds_of(model.config.data, names), sorted(set(whose))
+    for packed, o in zip(objects, whose):
+        packed["beside"] = len(objects) + used.index(o)
+    objects += page_objects(model, training[used], [names[o] for o in used], [kinds[o] for o in used])
+    return sets, objects
+
+
+def write_gallery(path, model, names, latents, labels, denoiser=None, pair=None, steps=0):
+    sets, objects = gallery(model, names, latents, labels, denoiser, pair, steps)
+    what = Path(model.config.data).name.removesuffix("_train")
+    said = "samples, none picked" if denoiser else "training objects, reconstructed"
+    size = " \u00d7 ".join([str(objects[0]["n"])] * 3)
+    about = f"{len(latents)} {said}: volumes of {size} voxels, ray-marched by your browser."
+    title = f"{'New' if denoiser else 'Known'} {what}"
+    write_page(path, title, about, sets, objects, 2 * model.config.samples)
