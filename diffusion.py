@@ -12,8 +12,8 @@ There are 72 latents of 8,192 numbers.  Three things follow, and each is a knob 
                   decided above.  Levels are chosen from the latents, not from habit: see levels.png
     components    an MLP of width 1,024 cannot put out noise in 8,192 dimensions, nor so take it off: its
                   samples keep what is left.  In principal components there is nothing it cannot put out
-    mix           a perfect denoiser of 72 latents returns those 72.  Half of each batch are latents of codes
-                  mixed with their neighbours: objects that could have been
+    mix           a perfect denoiser of 72 latents returns those 72.  So it learns from latents of codes mixed
+                  with their neighbours: objects that could have been
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, histogram.png
@@ -46,7 +46,7 @@ class Config:
     out: str = "runs/diffusion"          # folder for the model, the log and the pictures
     # the latents
     normalization: str = "robust"        # robust | robust_global | meanstd | none: before the diffusion
-    mix: float = 0.5                     # share of a batch that is G1 of mixtures of 2-3 codes; 0: none
+    mix: float = 1.0                     # share of a batch that is G1 of mixtures of 2-3 codes; 0: none
     mixtures: int = 2048                 # how many such mixtures there are
     among: int = 8                       # codes are mixed with so many nearest ones; 0: any with any
     components: int = 240                # the MLP's: principal components it works in; 0: the bare numbers
@@ -63,7 +63,7 @@ class Config:
     formulation: str = "edm"             # edm | ddpm: 3DADM's, or the paper's
     low: float = 0.1                     # the least sigma, in deviations of the latents
     # training
-    steps: int = 2500                    # gradient steps: more make neater samples, and nearer to copies
+    steps: int = 4000                    # gradient steps: more make neater samples, and nearer to copies
     batch: int = 256                     # latents a step
     lr: float = 1e-3                     # Adam's, at its highest
     ema: float = 0.999                   # of the weights that sample; ramps up to this
@@ -81,8 +81,8 @@ PRESETS = {
     "gpu": dict(steps=20000, batch=1024, preview_every=5000, save_every=2000),
     "smoke": dict(steps=20, batch=16, mixtures=32, components=8, width=32, layers=1, preview_every=10,
                   save_every=10, log_every=5),
-    "unet": dict(denoiser="unet", batch=16, steps=4000),
-    "paper": dict(formulation="ddpm", steps=6000),
+    "unet": dict(denoiser="unet", batch=16, steps=4000, mix=0.5),
+    "paper": dict(formulation="ddpm", steps=6000, mix=0.5),
     "3dadm": dict(denoiser="unet", channels="128,384", batch=64, steps=50000, normalization="robust_global",
                   lr=4.5e-4),
 }

@@ -9,7 +9,7 @@ distribution that no training saw.  Good samples cannot be told from them.
                 1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.
                         Against fresh objects' meshes it tells volumes from meshes, whatever the samples;
                         "decoded": against those as the decoder can show them (codes fitted to photos),
-                        and as many samples as there are of those
+                        the mean over groups of as many samples as there are of those
                 COV     the share of fresh objects that are some sample's nearest
                 MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
     pictures    the features of a network that reads factors off four views.  Of two sets their kernel
@@ -122,13 +122,22 @@ def judge(some, fresh, held, training, cells, config):
         weights = again(a), resampled(len(b), config, 1000)         # of the fresh objects always the same
         row[name] = statistic(a, b).item(), statistic(a, b, *weights)
 
+    def told_apart(name, between, other):
+        """1-NNA: of each group of as many samples as there are others (N), then the mean"""
+        N, own = between.shape[1], within(some)
+        groups = [slice(k, k + N) for k in range(0, len(own) - N + 1, N)]
+        hits = torch.stack([one_nna(own[g, g], between[g], other) for g in groups]).double()       # (G,2N)
+        ours, theirs = hits[:, :N].flatten(), hits[:, N:].mean(0)                          # (GN,), (N,)
+        redrawn = (again(ours) @ ours / len(ours) + again(theirs) @ theirs / N) / 2
+        row[name] = (ours.mean().item() + theirs.mean().item()) / 2, redrawn
+
     for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)) if "points" in some else ():
         if other and some is not other:
             N = min(len(some["points"]), len(other["points"]))
-            between = chamfer(some["points"][:N], other["points"][:N])
-            share(name, one_nna(within(some)[:N, :N], between, within(other)[:N, :N]))
+            between = chamfer(some["points"], other["points"][:N])
+            told_apart(name, between, within(other)[:N, :N])
         if other and some is not other is fresh:
-            named, near = coverage(between), mmd(between).double()
+            named, near = coverage(between[:N]), mmd(between[:N]).double()
             weight = again(named)
             redrawn = [len(named[w > 0].unique()) / N for w in weight]
             row["COV"] = len(named.unique()) / N, torch.tensor(redrawn)

@@ -78,7 +78,7 @@ def one_run(config, first, second, seed):
                                        steps=config.steps1, **({"objects": 72} | first)))
         if not (stage2 / "curve.png").exists():
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
-                                     **second))
+                                     **({"mix": 0.5} | second)))
         numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "cache")}
         evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
                                                    reconstructions=0, **numbers)])
