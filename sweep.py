@@ -6,7 +6,7 @@ minutes, and evaluate.py's numbers; a figure and a table are made of what is don
     normalization   none, mean-std, robust global, robust per channel: of the latents, before the diffusion
     latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
     denoiser        MLP and U-Net of equal parameters
-    mix             the share of mixtures in a batch: 0, 0.25, 0.5, 1
+    mix             the share of mixtures in a batch: 0, 0.25, 0.5 (which all other sweeps have), 1
     code            stage 1 with noise on the latents and a penalty on foggy mixtures, on and off: judged by
                     what stage 2 makes of its latents
 
@@ -77,8 +77,9 @@ def one_run(config, first, second, seed):
             autodecoder.main(arguments(**common, data=f"{config.data}/earphones_train", out=stage1,
                                        steps=config.steps1, **({"objects": 72} | first)))
         if not (stage2 / "curve.png").exists():
+            second = {"mix": 0.5} | second                     # where few steps still show what copies
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
-                                     **({"mix": 0.5} | second)))
+                                     **second))
         numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "cache")}
         evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
                                                    reconstructions=0, **numbers)])
