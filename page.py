@@ -1,6 +1,8 @@
 """
 One page that shows volumes in any browser, without a server or the network: viewer.html.  Its shader is
-volume_render.py once more, pixel by pixel; here is what it is fed: volumes in 8 bits, stills, words.
+volume_render.py once more, pixel by pixel; here is what it is fed: stills, words, and volumes in 8 bits,
+
+    channel = low + span byte / 255,      of the voxels alone that a ray can see
 
 in   latents, and with a denoiser the ways out of noise and from one sample to another
 out  viewer.html, of viewer_template.html

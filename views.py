@@ -1,6 +1,11 @@
 """
 What a model shows: its volumes seen by cameras, and pictures of that to look at.
 
+    code or latent --G1, G2--> volume --volume_render.py--> colour, opacity, depth     of objects x cameras
+
+Photos are compared from their own cameras (render_view), samples from a few that are always the same
+(render_views, ANGLES).
+
 read render_volumes, render_view, render_views, preview.
 """
 import numpy as np
