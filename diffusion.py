@@ -18,7 +18,7 @@ There are 72 latents of 8,192 numbers.  Three things follow, and each is a knob 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, histogram.png
 run  python diffusion.py                                      3.5 min on two cores (README, row D1): no copies
-     python diffusion.py --mix 0 --steps 6000 --out runs/copies   a lesson: 22 % of the samples are copies
+     python diffusion.py --mix 0 --steps 6000 --out runs/copies   a lesson: 28 % of the samples are copies
      python diffusion.py --preset paper --out runs/paper      the paper's DDPM: 72 % copies
      python diffusion.py --preset unet --out runs/unet        3DADM's denoiser: wants more time, colours bleed
 read noise.py, denoiser.py; then Config, code_mixtures, main.
