@@ -178,7 +178,7 @@ def plot_histogram(denoiser, latents, path):
 
 def preview(model, denoiser, raw, averaged, size=64):
     """(2,8,H,W,3) bytes: seeds 0 to 7 by the raw weights; below by the averaged, which stay in the network"""
-    pose, K, rows = cameras(ANGLES)[0], intrinsics_at(size, 131.25).float(), []
+    pose, K, rows = cameras(ANGLES)[0], intrinsics_at(size).float(), []
     for weights in (raw, averaged):
         denoiser.network.load_state_dict(weights)
         volumes = [model.to_volume(z[None]) for z in sample(denoiser, range(8))]

@@ -122,11 +122,12 @@ def judge(some, fresh, held, training, cells, config):
         weights = again(a), resampled(len(b), config, 1000)         # of the fresh objects always the same
         row[name] = statistic(a, b).item(), statistic(a, b, *weights)
 
-    def told_apart(name, between, other):
+    def told_apart(name, between, among_others):
         """1-NNA: of each group of as many samples as there are others (N), then the mean"""
         N, own = between.shape[1], within(some)
         groups = [slice(k, k + N) for k in range(0, len(own) - N + 1, N)]
-        hits = torch.stack([one_nna(own[g, g], between[g], other) for g in groups]).double()       # (G,2N)
+        hits = [one_nna(own[g, g], between[g], among_others) for g in groups]
+        hits = torch.stack(hits).double()                                                  # (G,2N)
         ours, theirs = hits[:, :N].flatten(), hits[:, N:].mean(0)                          # (GN,), (N,)
         redrawn = (again(ours) @ ours / len(ours) + again(theirs) @ theirs / N) / 2
         row[name] = (ours.mean().item() + theirs.mean().item()) / 2, redrawn

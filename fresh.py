@@ -62,7 +62,7 @@ def cloud(origins, directions, depth, seen, count):
 
 
 def rays_around():
-    return camera_rays(cameras(AROUND), intrinsics_at(PIXELS, 131.25).float(), PIXELS)
+    return camera_rays(cameras(AROUND), intrinsics_at(PIXELS).float(), PIXELS)
 
 
 def labels(factors):
@@ -75,7 +75,7 @@ def see_object(split, index, seed, views, points):
     with tempfile.TemporaryDirectory() as folder:
         earphones.write_model(Path(folder), factors)
         mesh, _ = to_world(load_obj(Path(folder, "models/model_normalized.obj")))
-    K, seen = intrinsics_at(PIXELS, 131.25), []
+    K, seen = intrinsics_at(PIXELS), []
     for azimuth, elevation in AROUND if points else AROUND[:views]:
         seen.append(rasterize(mesh, camera_to_world_at(azimuth, elevation, 1.3), K, PIXELS, 2))
     rgb, coverage, depth = (torch.stack(some) for some in zip(*seen))
@@ -209,7 +209,7 @@ def held_out_codes(model, config, unseen, device):
     if unseen:
         N = len(unseen["rgb"])
         poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
-        K = intrinsics_at(PIXELS, 131.25).float().expand(N, 3, 3)
+        K = intrinsics_at(PIXELS).float().expand(N, 3, 3)
         photos = Photos(unseen["rgb"], unseen["mask"], poses, K, [f"fresh_{k}" for k in range(N)])
     elif unseen_photos(config, model).is_dir():
         photos = read_photos(unseen_photos(config, model), model.config.size, config.fits)

@@ -148,8 +148,9 @@ def write_glb(path, vertices, faces, normals, colours):
     attributes = dict(POSITION=0, NORMAL=1, COLOR_0=2)
     material = dict(pbrMetallicRoughness=dict(metallicFactor=0, roughnessFactor=1),
                     extensions=dict(KHR_materials_unlit={}))
-    document = dict(asset=dict(version="2.0", generator="isosurface.py"), extensionsUsed=["KHR_materials_unlit"],
-                    scene=0, scenes=[dict(nodes=[0])], nodes=[dict(mesh=0)], materials=[material],
+    document = dict(asset=dict(version="2.0", generator="isosurface.py"),
+                    extensionsUsed=["KHR_materials_unlit"], scene=0, scenes=[dict(nodes=[0])],
+                    nodes=[dict(mesh=0)], materials=[material],
                     meshes=[dict(primitives=[dict(attributes=attributes, indices=3, material=0)])],
                     buffers=[dict(byteLength=begin)], bufferViews=views, accessors=accessors)
     text = json.dumps(document, separators=(",", ":")).encode()

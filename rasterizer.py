@@ -76,8 +76,8 @@ def opencv_from_pytorch3d(R, T):
     return pose
 
 
-def intrinsics_at(size, focal):
-    """(3,3) float64: `focal` is in pixels at 128 px, the picture's centre is on the axis."""
+def intrinsics_at(size, focal=131.25):
+    """(3,3) float64: `focal` is in pixels at 128 px (SRN's by default), the picture's centre on the axis."""
     f = focal * size / 128
     return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
 

@@ -187,7 +187,7 @@ def write_sample(folder, model, latent, config):
     poses = cameras([(360 * k / config.views, config.elevation) for k in range(config.views)])
     rgb, alpha, _, _ = (picture[0] for picture in render_views(model, latent[None], poses, config.size))
     with atomic_folder(folder) as temporary:
-        write_intrinsics(temporary, intrinsics_at(config.size, 131.25), config.size)
+        write_intrinsics(temporary, intrinsics_at(config.size), config.size)
         for k, pose in enumerate(poses):
             write_view(temporary, k, rgb[k].clamp(0, 1), alpha[k], pose)
         write_mesh(temporary / "mesh.glb", model, latent)

@@ -53,7 +53,7 @@ def render_view(model, volume, pose, K, size):
 @torch.no_grad()
 def render_views(model, latents, poses, size, batch=8):
     """latents (B,...), poses (V,4,4) -> rgb (B,V,H,W,3), alpha (B,V,H,W), depth, solid (B,D,H,W) bool"""
-    K, parts = intrinsics_at(size, 131.25).float(), []
+    K, parts = intrinsics_at(size).float(), []
     for part in latents.split(batch):
         volumes = model.to_volume(part)
         solid = voxel_opacity(volumes, model.field) > 0.5

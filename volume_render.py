@@ -253,7 +253,7 @@ def main(argv=None):
     device = pick_device(config.device)
     volume = headphones(config.resolution, config.sharpness).to(device)
     pose = camera_to_world_at(config.azimuth, config.elevation, 1.3).float().to(device)
-    intrinsics = intrinsics_at(config.size, 131.25).float().to(device)
+    intrinsics = intrinsics_at(config.size).float().to(device)
     origins, directions = camera_rays(pose[None], intrinsics[None], config.size)
     occupied = occupancy(volume)
     for name, cells in (("dense", None), ("empty space skipped", occupied)):

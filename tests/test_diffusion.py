@@ -384,7 +384,8 @@ def test_mistakes_get_one_sentence(trained, diffused, data, tmp_path):
     told(lambda: train(trained, tmp_path / "x", "--patience", "3"), "--holdout")
     told(lambda: train(trained, tmp_path / "x", "--batch", "0"), "--batch 0", "at least 1")
     told(lambda: train(trained, tmp_path / "x", "--denoiser", "unet", "--channels", "8;8"), "--channels 8;8")
-    told(lambda: train(diffused, tmp_path / "x"), "stage 1's model", "something else", "autodecoder.py")
+    told(lambda: train(diffused, tmp_path / "x"), "stage 1's model", "something else",
+         "python autodecoder.py")
     told(lambda: train(trained, trained), "another stage's run", "--out")
     told(lambda: sample.main(["--diffusion", str(trained)]), "stage 2's denoiser", "something else")
     told(lambda: train(trained, diffused, "--width", "64"), "--width", "--fresh")

@@ -77,7 +77,8 @@ def test_identities_of_a_set_with_itself_and_with_its_other_half():
 def test_one_nna_against_fewer_objects_takes_every_group_of_samples():
     held, samples = {"points": clouds(4, 8)}, {"points": clouds(9, 8, seed=1)}
     samples["points"][4:8] += 3                                      # the second group is told apart, always
-    value, redrawn = stage.judge(samples, None, held, None, None, stage.Config(bootstrap=50))["1-NNA, decoded"]
+    row = stage.judge(samples, None, held, None, None, stage.Config(bootstrap=50))
+    value, redrawn = row["1-NNA, decoded"]
     groups = [brute_one_nna(part, held["points"]) for part in samples["points"].split(4)[:2]]
     assert groups[1] == 1 and value == pytest.approx(sum(groups) / 2)
     assert redrawn.shape == (50,) and abs(redrawn.mean() - value) < 0.1
