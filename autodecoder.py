@@ -30,8 +30,8 @@ import render_shapenet
 from common import (Run, UserError, at_least, atomic_file, load_stage, new_figure, parse_config, pick_device,
                     plot_log, save_figure)
 from decoder import Autodecoder, fast_precision
-from metrics import largest_piece, psnr
-from photos import read_photos
+from lab.metrics import largest_piece, psnr
+from shapes.photos import read_photos
 from views import decode, depth_picture, preview, render_view, save_preview
 from volume_render import occupancy, render, voxel_opacity
 

@@ -36,7 +36,7 @@ from common import (Run, UserError, at_least, load_stage, new_figure, parse_conf
 from denoiser import RobustNorm  # noqa: F401      where it stood, for those who import it from here
 from denoiser import Denoiser, sample
 from noise import ddpm_loss, edm_loss
-from rasterizer import intrinsics_at
+from shapes.rasterizer import intrinsics_at
 from views import ANGLES, cameras, render_view, save_preview
 
 

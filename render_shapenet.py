@@ -29,12 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import earphones
+from shapes import earphones
 from common import Run, UserError, atomic_folder, grid, parse_config, pick_device, save_picture
-from meshes import load_obj
-from photos import load_photos, numbers, visible, write_intrinsics, write_transforms, write_view
-from rasterizer import opencv_from_pytorch3d  # noqa: F401      for those who bring PyTorch3D's cameras
-from rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
+from shapes.meshes import load_obj
+from shapes.photos import load_photos, numbers, visible, write_intrinsics, write_transforms, write_view
+from shapes.rasterizer import opencv_from_pytorch3d  # noqa: F401      for those who bring PyTorch3D's cameras
+from shapes.rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
 
 
 @dataclass

@@ -21,7 +21,7 @@ out  samples/     sheet.png, figure3.png, report.txt, report.json, viewer.html (
                   views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
 run  python sample.py                                 0.003 s a sample on two cores; the report takes longer
      python sample.py --count 64 --seed 1000 --views 0
-read Config, measure, contact_sheet, main; and views.py, metrics.py.
+read Config, measure, contact_sheet, main; and views.py, lab/metrics.py.
 """
 import json
 import math
@@ -38,11 +38,11 @@ from common import (UserError, at_least, atomic_file, atomic_folder, grid, load_
                     parse_config, pick_device, save_picture, to_bytes)
 from denoiser import sample
 from diffusion import averaged, build_denoiser, code_mixtures, fingerprint, latents_of, load_denoiser
-from isosurface import write_mesh
-from metrics import colour_residual, haze, largest_piece, nearest, outside_span
-from page import write_gallery
-from photos import write_intrinsics, write_view
-from rasterizer import intrinsics_at
+from viewer.isosurface import write_mesh
+from lab.metrics import colour_residual, haze, largest_piece, nearest, outside_span
+from viewer.page import write_gallery
+from shapes.photos import write_intrinsics, write_view
+from shapes.rasterizer import intrinsics_at
 from views import ANGLES, SIZE, cameras, depth_picture, render_views, save_preview
 
 

@@ -13,7 +13,7 @@ import torch
 
 from common import grid, save_picture, to_bytes
 from decoder import fast_precision
-from rasterizer import camera_to_world_at, intrinsics_at
+from shapes.rasterizer import camera_to_world_at, intrinsics_at
 from volume_render import camera_rays, occupancy, render, voxel_opacity
 
 ANGLES = ((215, 25), (30, 10), (125, -10), (300, 45))    # azimuth, elevation: the cameras to compare by

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import parse_config, pick_device, save_picture
-from rasterizer import camera_to_world_at, intrinsics_at
+from shapes.rasterizer import camera_to_world_at, intrinsics_at
 
 EMPTY = 0.02         # densities below this are empty space: the whole cube of it would have an opacity of 3 %
 

@@ -22,12 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import autodecoder
-import page
+from viewer import page
 import render_shapenet as stage
-from isosurface import mesh_of
-from meshes import Mesh, load_obj
-from metrics import psnr as psnr_of
-from photos import read_photos
+from viewer.isosurface import mesh_of
+from shapes.meshes import Mesh, load_obj
+from lab.metrics import psnr as psnr_of
+from shapes.photos import read_photos
 from views import decode
 from volume_render import camera_rays, occupancy, render, voxel_field
 

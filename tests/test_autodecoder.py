@@ -17,11 +17,11 @@ from PIL import Image
 import autodecoder as stage
 import common
 import decoder
-import metrics
+from lab import metrics
 import volume_render
 from common import UserError
 from conftest import SMOKE, train
-from photos import read_photos
+from shapes.photos import read_photos
 
 ROOT = Path(__file__).parent.parent
 # ---- the model ----

@@ -17,7 +17,7 @@ from PIL import Image
 import common
 import denoiser as denoisers
 import diffusion as stage
-import metrics
+from lab import metrics
 import noise as noises
 import render_shapenet
 import sample

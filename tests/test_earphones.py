@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import earphones
+from shapes import earphones
 
 SAMPLE = range(12)                 # all kinds, with boom and without
 

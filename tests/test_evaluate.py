@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import diffusion
-import evaluate as stage
-import fresh
+import lab.evaluate as stage
+from lab import fresh
 import render_shapenet
-import sweep
+from lab import sweep
 from common import UserError
 from conftest import train
 

@@ -16,13 +16,13 @@ import autodecoder
 import browser
 import decoder
 import diffusion
-import export as stage
-import isosurface
+import viewer.export as stage
+from viewer import isosurface
 import noise
-import page as viewer
+import viewer.page as viewer
 import test_diffusion
 from common import UserError
-from rasterizer import camera_to_world_at
+from shapes.rasterizer import camera_to_world_at
 from views import ANGLES
 from volume_render import camera_rays, headphones, lookup, render, voxel_field
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import render_shapenet as stage
 from common import UserError
-from meshes import load_obj
+from shapes.meshes import load_obj
 
 OBJ = b"""mtllib m.mtl
 v -0.5 -0.5 0\nv 0.5 -0.5 0\nv 0.5 0.5 0\nv -0.5 0.5 0\nv 0 0 0.7

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import meshes
+from shapes import meshes
 from common import UserError
-from meshes import load_obj
+from shapes.meshes import load_obj
 
 SQUARE = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\n"
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -196,7 +196,7 @@ def test_links_inside_the_folder_are_followed(model, tmp_path):
 
 
 def test_uvs_far_outside_repeat(model):
-    from rasterizer import surface_colour
+    from shapes.rasterizer import surface_colour
     pixels = np.uint8([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [9, 9, 9]]])
     Image.fromarray(pixels).save(model.folder / "images/t.png")
     mesh = model("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt -7.75 12.75\nvt -7.25 12.25\nvt 0 1\n"

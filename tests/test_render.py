@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-import earphones
-import rasterizer
+from shapes import earphones
+from shapes import rasterizer
 import render_shapenet as stage
 from common import UserError
-from meshes import Mesh, load_obj
+from shapes.meshes import Mesh, load_obj
 
 HERE = Path(__file__).parent
 GOLDEN = ("golden_boxes", "golden_headphone", "golden_uv_sphere")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import volume_render as v
-from rasterizer import camera_to_world_at, intrinsics_at
+from shapes.rasterizer import camera_to_world_at, intrinsics_at
 
 
 def camera(size=16, azimuth=30, elevation=20):

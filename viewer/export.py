@@ -5,9 +5,9 @@ After stage 3: things to look at and to take away.  Volumes become meshes that o
 in   runs/diffusion and its autodecoder; or with --reconstruct the autodecoder alone
 out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sheet.png, denoise.png,
                  walk.png; and for each object <name>/mesh.glb, a mesh with colours (glTF 2.0)
-run  python export.py                                 eight samples and all of the above: 18 s on one core
-     python export.py --interpolate 3 12              walks from seed 3 to seed 12
-     python export.py --reconstruct train_00001 --out export/train_00001
+run  python -m viewer.export                                 eight samples and all of the above: 18 s on one core
+     python -m viewer.export --interpolate 3 12              walks from seed 3 to seed 12
+     python -m viewer.export --reconstruct train_00001 --out export/train_00001
 read Config, turntable, main; then isosurface.py, page.py.
 """
 import time
@@ -21,8 +21,8 @@ from autodecoder import load_autodecoder
 from common import UserError, at_least, atomic_file, grid, parse_config, pick_device, save_picture, to_bytes
 from denoiser import sample
 from diffusion import latents_of
-from isosurface import LEVEL, write_mesh
-from page import denoising, walk, write_gallery
+from viewer.isosurface import LEVEL, write_mesh
+from viewer.page import denoising, walk, write_gallery
 from sample import load_models
 from views import ANGLES, cameras, render_views
 

@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from surfaces import lerp, obj_text, outline, revolve, spline, sweep, textures, turn
+from shapes.surfaces import lerp, obj_text, outline, revolve, spline, sweep, textures, turn
 
 KINDS = ("over-ear", "on-ear", "neckband", "buds")
 PARTS = ("round", "oval", "D")                 # the outline of cups, pods and bulbs

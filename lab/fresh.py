@@ -26,14 +26,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import earphones
+from shapes import earphones
 from autodecoder import Config as Stage1
 from autodecoder import fit_codes
 from common import atomic_file, load_checkpoint, to_bytes
 from diffusion import fingerprint
-from meshes import load_obj
-from photos import Photos, read_photos
-from rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
+from shapes.meshes import load_obj
+from shapes.photos import Photos, read_photos
+from shapes.rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
 from render_shapenet import worker_setup
 from views import cameras
 from volume_render import camera_rays

@@ -11,8 +11,8 @@ minutes, and evaluate.py's numbers; a figure and a table are made of what is don
                     what stage 2 makes of its latents
 
 out  runs/sweep/NAME/     table.md, figure.png; in stage1/ and stage2/ beside it a folder for each run
-run  python sweep.py mix                 the same command again goes on where it stopped
-     python sweep.py objects --hours 1
+run  python -m lab.sweep mix                 the same command again goes on where it stopped
+     python -m lab.sweep objects --hours 1
 read SWEEPS, one_run, main.
 """
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import autodecoder
 import diffusion
-import evaluate
+from lab import evaluate
 import render_shapenet
 from common import Run, UserError, atomic_file, new_figure, parse_config, save_figure
 
@@ -93,7 +93,7 @@ def main(argv=None):
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     config = parse_config(Config, argv=argv[1:] if name else argv)
     if name not in SWEEPS:
-        raise UserError(f"which sweep?  python sweep.py NAME, where NAME is one of {', '.join(SWEEPS)}")
+        raise UserError(f"which sweep?  python -m lab.sweep NAME, where NAME is one of {', '.join(SWEEPS)}")
     # Runs of other sizes do not belong in the same figure
     recipe = ("data", "steps1", "steps2", "count", "points", "fits", "stages")
     Run(config.out, config, recipe, name="sweep.json").lock.close()

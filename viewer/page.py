@@ -23,8 +23,8 @@ from common import atomic_file, to_bytes
 from decoder import GAIN
 from denoiser import sample
 from diffusion import latents_of
-from isosurface import bake
-from metrics import nearest
+from viewer.isosurface import bake
+from lab.metrics import nearest
 from views import ANGLES, cameras, render_views
 from volume_render import EMPTY, either
 

@@ -31,7 +31,7 @@ Training objects themselves have the best 1-NNA: read it with Z_U.  +- is a devi
 in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2, or the model in the box;
      runs/shuffled                                 a control, if it is there
 out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png, worst.png
-run  python evaluate.py
+run  python -m lab.evaluate
      python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
 read judge, rivals, main; and metrics.py, fresh.py.
 """
@@ -50,12 +50,12 @@ from common import (Run, at_least, atomic_file, new_figure, parse_config, pick_d
                     save_picture, to_bytes)
 from denoiser import sample as draw_samples
 from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser
-from fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around, read,
+from lab.fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around, read,
                    see_objects, train_reader, training_cells, unseen_photos)
-from metrics import (chamfer, copies, coverage, cubic, kernel_distance, minus_distance, mmd, nearest, one_nna,
+from lab.metrics import (chamfer, copies, coverage, cubic, kernel_distance, minus_distance, mmd, nearest, one_nna,
                      z_u)
-from metrics import psnr  # noqa: F401      with the others, for those who import evaluate
-from photos import read_photos
+from lab.metrics import psnr  # noqa: F401      with the others, for those who import evaluate
+from shapes.photos import read_photos
 from sample import contact_sheet, load_models
 from sample import measure as measure_samples
 from views import ANGLES, cameras, preview, render_views, save_preview

@@ -1,0 +1,1 @@
+"""Is it good, is it new: README.md."""

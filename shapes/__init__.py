@@ -1,0 +1,1 @@
+"""What stands in for ShapeNet, and what reads it: README.md."""

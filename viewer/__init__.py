@@ -1,0 +1,1 @@
+"""Look at it, and take it away: README.md."""
