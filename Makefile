@@ -14,7 +14,7 @@ help:
 	touch .venv/ready
 
 demo: .venv/ready
-	$(RUN) sample.py --diffusion pretrained/earphones.pt --out samples/pretrained
+	$(RUN) sample.py --diffusion pretrained/diffusion --out samples/pretrained
 	@echo; echo "Look at samples/pretrained/sheet.png and viewer.html. Now to train one from scratch: 15 minutes or so"; echo
 	$(RUN) render_shapenet.py
 	$(RUN) autodecoder.py

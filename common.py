@@ -1,11 +1,12 @@
 """
-What every stage shares and no stage is about: conventions, configuration, device, safe writing, progress,
-pictures.
+What every stage shares and no stage is about: conventions, configuration, device, cameras, safe writing,
+progress, pictures.
 
-Conventions (everything in this project obeys them; whatever comes in from elsewhere is converted at the door)
+Conventions (everything in this project obeys them; data from elsewhere is converted where it is read)
     world       right-handed, Z up, object centred on the origin, its bounding box's diagonal 1: it fits in
                 [-0.5, 0.5]^3
-    camera      camera_to_world, 4x4, columns are the camera's axes: OpenCV's, +X right, +Y down, +Z forward
+    camera      camera_to_world, 4x4, columns are the camera's axes: OpenCV's, +X right, +Y down, +Z forward.
+                The papers call it a pose
     pixel       (0, 0) is the *corner* of the top-left pixel; pixel (i, j) is seen along (i + 0.5, j + 0.5);
                 cx = W/2
     intrinsics  3x3, in pixels; for photos at another size scale f, cx, cy by new/old and nothing else
@@ -18,9 +19,10 @@ Letters for shapes
     B objects   V views   R rays   S samples on a ray   C channels
     D H W voxels (or H W pixels)   N vertices   F faces
 
-read parse_config, atomic_file, Run, load_checkpoint.
+read parse_config, camera_to_world_at, Run; the rest when you need it.
 """
 import argparse
+import hashlib
 import inspect
 import io
 import json
@@ -45,8 +47,11 @@ from PIL import Image
 
 
 class UserError(SystemExit):
-    """Something that the user can mend.  Python prints its one sentence, without a traceback,
-    and exits with status 1."""
+    """A mistake that the user can mend.  Python prints its one sentence, without a traceback."""
+
+    def __init__(self, message):
+        plain = lambda c: c if c.isprintable() else repr(c)[1:-1]         # names in it may hold anything
+        super().__init__("".join(map(plain, str(message))))
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -54,24 +59,26 @@ class UserError(SystemExit):
 def parse_config(Config, presets=None, argv=None):
     """The dataclass at the top of a stage is its command line:  defaults < --preset < flags.
 
-    A field's flag has the field's name, its trailing comment is the help text, and a comment that
-    opens with `a | b | c:` lists the values allowed.  Abbreviated, unknown or ill-typed flags are
-    errors that name the flag.
-    """
+    A field's flag has the field's name, and its trailing comment is the help text.  A comment that opens with
+    `a | b | c:` lists the values allowed.  A wrong flag is an error that names it."""
     presets = presets or {}
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    # A chapter's Config inherits a stage's fields: their comments stand in the parent's source
+    sources = [inspect.getsource(parent) for parent in reversed(Config.__mro__[:-1])]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = wrong_flag
+    parser.error = wrong_flag               # argparse's own prints the usage of all flags before its sentence
     if presets:
         parser.add_argument("--preset", choices=["auto", *presets], default="auto",
                             help="sets of values for the flags below; auto: gpu where there is one, else cpu")
+
+    # One flag for each field: its type checks the value, its comment explains it
     for field in fields(Config):
         help_text = comments.get(field.name, "")
         choices = re.match(r"([\w.]+(?: \| [\w.]+)+): *", help_text)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        if field.type is tuple:                                   # a pair of numbers: --interpolate 3 5
-            kind = {"type": int, "nargs": 2}
+        if field.type is tuple:                                   # several whole numbers: --channels 64 32
+            kind = {"type": int, "nargs": "+"}
         if choices:
             kind["choices"] = [field.type(choice) for choice in choices[1].split(" | ")]
             help_text = help_text[choices.end():]                 # argparse lists them
@@ -79,49 +86,90 @@ def parse_config(Config, presets=None, argv=None):
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
                             help=f"{help_text}{default}".replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
+
     preset = flags.pop("preset", None)
     if preset == "auto":
         preset = "gpu" if torch.cuda.is_available() else "cpu"
         if presets.get("gpu") and preset == "gpu":
-            print("preset gpu, as there is one; the README's numbers are those of --preset cpu")
-    return Config(**{**presets.get(preset, {}), **flags})
+            print("preset gpu, because there is a GPU; the README's numbers are those of --preset cpu")
+    config = Config(**{**presets.get(preset, {}), **flags})
+    for name, value in asdict(config).items():
+        check_range(name, value, comments.get(name, ""))
+    return config
 
 
-def at_least(config, **least):
-    """at_least(config, steps=1): a smaller --steps is one sentence"""
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"--{name} {getattr(config, name)}: at least {value} is wanted")
-
-
-def widths_of(channels):
-    """The flag --channels: "64,32" -> [64, 32]"""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", channels):
-        raise UserError(f"--channels {channels}: numbers with commas between them are wanted, as 64,32")
-    return [int(width) for width in channels.split(",")]
+def check_range(name, value, comment):
+    """No number may be negative, infinite or absurd.  Comments say more: "(at least 1)", "(from -9 to 9)"."""
+    found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
+    low, high = (float(found[1]), float(found[2] or 1e12)) if found else (0, 1e12)
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, (int, float)) and not low <= number <= high:
+            raise UserError(f"--{name} {number}: at least {low:g}, at most {high:g} is wanted")
 
 
 def wrong_flag(message):
-    """In argparse's place, which would print the usage of every flag before its one sentence."""
     raise UserError(f"{message}  (--help lists the flags)")
 
 
 def pick_device(name="auto"):
-    """`auto` takes CUDA where there is one.  Apple's MPS has neither float64 nor 3D
-    grid_sample's gradient: CPU there."""
+    """`auto` takes CUDA where there is one.  Apple's MPS lacks float64 and the gradient of a lookup in a 3D
+    volume, so a Mac uses its CPU."""
+    why = "asked for"
     if name == "auto":
         name, why = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
-    else:
-        why = "asked for"
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise UserError(f"--device {name}: auto, cpu or cuda (or cuda:1, ...) is wanted")
-        if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name} was asked for, but torch {torch.__version__} finds no such "
-                            "GPU: use --device cpu")
-    cuda = name.startswith("cuda")
-    title = torch.cuda.get_device_name(name) if cuda else f"{torch.get_num_threads()} threads"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: auto, cpu or cuda (or cuda:1, ...) is wanted")
+    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no such GPU: use --device cpu")
+    title = f"{torch.get_num_threads()} threads" if name == "cpu" else torch.cuda.get_device_name(name)
     print(f"device {name} ({why}; {title})")
     return torch.device(name)
+
+
+def command(main):
+    """What `python stage.py` runs.  Ctrl-C ends it with one line, a closed pipe (| head) silently."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise UserError("stopped; what was written before is kept") from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes once more at exit
+
+
+# ---------------------------------------------------------------------------------------------------- cameras
+
+def camera_to_world_at(azimuth, elevation, distance):
+    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin with the world's Z
+    upwards in its picture."""
+    a, e = math.radians(azimuth), math.radians(elevation)
+    outward = [math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)]
+    position = distance * torch.tensor(outward, dtype=torch.float64)
+    forward = -position / position.norm()
+    right = torch.tensor([-math.sin(a), math.cos(a), 0.0], dtype=torch.float64)   # by azimuth alone: no poles
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3, :] = torch.stack([right, torch.linalg.cross(forward, right), forward, position], -1)
+    return pose
+
+
+def intrinsics_at(size, focal=131.25):
+    """(3,3) float64.  `focal` is in pixels at 128 px: SRN's, by which [-0.5, 0.5]^3 fills 85 % of a frame at
+    the usual distance of 1.3."""
+    f = focal * size / 128
+    return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+# Adam's second beta is below the usual 0.999: a rare large gradient is forgotten after a hundred steps.
+BETAS, CLIP = (0.9, 0.99), 1.0                # and gradients longer than CLIP are shortened to it
+
+
+def learning_rate_share(step, steps, floor):
+    """The share of the highest learning rate at this step: a linear warm-up over the first 5 % of the steps,
+    times half a cosine from 1 down to the floor."""
+    cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
+    return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
 
 # ----------------------------------------------------------------------------------------------- safe writing
@@ -143,22 +191,95 @@ def atomic_file(path):
         raise UserError(f"cannot write {path}: {error}") from None
 
 
-@contextmanager
-def atomic_folder(path):
-    """Fill the folder given; it then takes its name.  What an interruption leaves is hidden (.name.tmp), so
-    that readers pass it by, and is cleared by the next try."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+def save_text(path, text):
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# The errors that zipfile, pickle and torch raise for a file that is no longer whole
+DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile,
+          pickle.UnpicklingError, zlib.error)
+
+
+def digest(thing):
+    """A hash of tensors, numbers, strings, lists and dicts of them: every bit of every tensor counts."""
+    if isinstance(thing, torch.Tensor):
+        flat = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        content = f"{thing.dtype} {list(thing.shape)}".encode() + flat.numpy().tobytes()
+    elif isinstance(thing, (list, tuple, dict)):
+        parts = thing.items() if isinstance(thing, dict) else thing
+        content = " ".join(digest(part) for part in parts).encode()
+    else:
+        content = repr(thing).encode(errors="backslashreplace")
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def save_checkpoint(file, state):
+    """Tensors, numbers, strings, lists and dicts alone: torch.load's safe default reads them."""
+    content = io.BytesIO()                        # torch.save itself answers a full disk with a C++ assertion
+    torch.save(state | {"digest": digest(state)}, content)
+    with atomic_file(file) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        damaged = zipfile.ZipFile(temporary).testzip()          # a checkpoint is a zip: a CRC for each member
+        if damaged:
+            raise OSError(f"{damaged} does not read back as written")
+
+
+def load_checkpoint(file):
+    """What save_checkpoint wrote, on the CPU, verified.  The zip's checksums miss a flipped bit in its
+    directory, by which torch fills a tensor with whatever lies in memory: so a digest is compared too."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there") from None
+    except DAMAGE as error:
+        why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise UserError(f"{file} is damaged and cannot be read ({why})") from None
+    if not isinstance(state, dict) or "digest" not in state:
+        raise UserError(f"{file} is no checkpoint of this version of the program: train it again (--fresh)")
+    if state.pop("digest") != digest(state):
+        raise UserError(f"{file} is damaged and cannot be read (its digest is wrong)")
+    return state
+
+
+def load_newest(folder, say=print):
+    """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither."""
+    last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
+    try:
+        if last.exists() or not previous.exists():
+            return load_checkpoint(last) if last.exists() else None
+        trouble = f"{last} is not there"
+    except UserError as error:
+        if not previous.exists():
+            raise
+        trouble = error
+    say(f"!! {trouble}: taking {previous}, the checkpoint before it")
+    return load_checkpoint(previous)
+
+
+def load_stage(folder, what, script, key):
+    """What an earlier stage saved in its folder; `key` is in no other stage's checkpoint."""
+    state = load_newest(folder)
+    if state is None:
+        raise UserError(f"this needs {what}, and {folder}/last.pt is not there. Run: python {script}")
+    if key not in state:
+        raise UserError(f"this needs {what}, and {folder}/last.pt holds something else: give a folder that "
+                        f"python {script} made")
+    return state
+
+
+def saved_config(Config, state, folder):
+    """The config of a checkpoint.  Its fields must be exactly those of this version's Config."""
+    strange = {field.name for field in fields(Config)} ^ set(state["config"])
+    if strange:
+        raise UserError(f"{folder} was trained by another version of this program, or by a chapter "
+                        f"(knobs {', '.join(sorted(strange)[:3])}): train it again with --fresh")
+    return Config(**state["config"])
 
 
 # -------------------------------------------------------------------------------------------------- long work
@@ -167,23 +288,30 @@ class Run:
     """What surrounds every long loop: the recipe that may not change halfway, checkpoints, resume, signals
     that only raise a flag, the guard against NaN, log.jsonl and the progress line."""
 
-    def __init__(self, folder, config, recipe, name="config.json", stale=()):
-        """recipe: the names of the config's fields that whatever is in the folder already must agree with;
-        stale: what to throw away first, for --fresh."""
+    def __init__(self, folder, stage, config, recipe, name="config.json",
+                 stale=("last.pt", "previous.pt", "log.jsonl", "previews")):
+        """recipe: the names of the config's fields that must agree with what is in the folder already;
+        stale: what the run writes there, and --fresh throws away.  Nothing is written or deleted before
+        `with run:`, when all checks are done."""
         self.folder, self.config, self.stopping = Path(folder), asdict(config), None
+        self.fresh, self.stale = self.config.get("fresh", False), [self.folder / some for some in stale]
+        self.file = self.folder / name
+        wanted = {"stage": stage} | {key: self.config[key] for key in recipe}
+        self.recipe = json.loads(json.dumps(wanted))            # as it will come back: a tuple is a list
         self.began, self.first, self.printed, self.width = time.time(), {}, 0.0, 0       # the progress line's
         self.bad, self.skipped = 0, 0                                                    # the guard's
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
         self._lock(f".{name}.lock")
-        remove(*stale)
-        self._check(self.folder / name, {key: self.config[key] for key in recipe})
+        self._check_recipe()
 
     def _lock(self, name):
         """One run a folder.  The lock goes with its process, however that dies."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / name, "w")
+            # Not through a symbolic link: it could lead to somebody's file
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            self.lock = os.fdopen(os.open(self.folder / name, flags, 0o644), "r+")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error}") from None
         try:
@@ -195,29 +323,37 @@ class Run:
             raise UserError(f"another run is writing to {self.folder} now: "
                             "wait for it, or use another --out") from None
 
-    def _check(self, file, wanted):
+    def _check_recipe(self):
         """The recipe that the folder was begun with, against today's."""
-        if file.exists():
-            try:
-                found = dict(json.loads(file.read_text()))
-            except (OSError, ValueError, TypeError):
-                raise UserError(f"{file} cannot be read: delete it and what it describes, "
-                                "and run again") from None
-            if len(found.keys() & wanted.keys()) < len(wanted) / 2:        # a few names all stages share
-                raise UserError(f"{self.folder} holds another stage's run: use another --out")
-            for field, value in wanted.items():
-                if found.get(field, value) != value:
-                    named = ["(none)" if some == "" else some for some in (found[field], value)]
-                    anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
-                    raise UserError(f"{file} says that what is there was made with --{field} "
-                                    f"{named[0]}, not {named[1]}: use the same value or another folder, or "
-                                    + anew)
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(wanted, indent=1))
+        if not self.file.exists():
+            for path in filter(Path.exists, self.stale):
+                raise UserError(f"{path} is there, but no {self.file.name} of this program beside it: "
+                                "use another --out")
+            return
+        try:
+            found = dict(json.loads(self.file.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError):
+            raise UserError(f"{self.file} cannot be read: delete it and what it describes, "
+                            "and run again") from None
+        if found.get("stage") != self.recipe["stage"]:
+            raise UserError(f"{self.folder} holds another stage's run, or one of an older version: "
+                            "use another --out")
+        for field, value in ({} if self.fresh else self.recipe).items():
+            if found.get(field, value) != value:
+                named = ["(none)" if some == "" else some for some in (found[field], value)]
+                anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
+                raise UserError(f"{self.file} says that what is there was made with --{field} {named[0]}, "
+                                f"not {named[1]}: use the same value or another folder, or {anew}")
 
     def __enter__(self):
-        """Around the loop alone: Ctrl-C and SIGTERM only set `stopping`, which the loop
-        looks at when it is safe to."""
+        """From here on things are written.  Ctrl-C and SIGTERM now only set `stopping`, which the loop looks
+        at when it is safe to."""
+        for path in self.stale if self.fresh else ():
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"--fresh: cannot remove {path}: {error}") from None
+        save_text(self.file, json.dumps(self.recipe, indent=1))
         self.before = {}
         if threading.current_thread() is threading.main_thread():     # no other can set handlers
             self.before = {number: signal.signal(number, self._stop)
@@ -235,55 +371,36 @@ class Run:
         self.stopping = signal.Signals(number).name
 
     def save(self, state):
-        """last.pt, written beside, read back, then renamed; the one before stays as previous.pt.  At any
-        moment one of the two is whole.  It holds tensors, numbers, strings, lists and dicts alone:
-        torch.load's safe default reads it."""
+        """last.pt; the one before stays as previous.pt.  At any moment last.pt is whole."""
         last = self.folder / "last.pt"
-        content = io.BytesIO()                    # torch.save itself answers a full disk with a C++ assertion
-        torch.save(state, content)
-        with atomic_file(last) as temporary:
-            temporary.write_bytes(content.getbuffer())
-            damaged = zipfile.ZipFile(temporary).testzip()      # a checkpoint is a zip: a CRC for each member
-            if damaged:
-                raise OSError(f"{damaged} does not read back as written")
-            if last.exists():
-                os.replace(last, self.folder / "previous.pt")
+        if last.exists():
+            with atomic_file(self.folder / "previous.pt") as temporary:
+                shutil.copyfile(last, temporary)
+        save_checkpoint(last, state)
 
     def load(self):
-        """The state saved last, or the one before where that is damaged, or None."""
-        files = [file for file in (self.folder / "last.pt", self.folder / "previous.pt") if file.exists()]
-        for file in files:
-            try:
-                return load_checkpoint(file)
-            except UserError as error:
-                more = "; going on from previous.pt, the one before" if file != files[-1] else ""
-                self.say(f"!! {error}{more}")
-        if files:
-            raise UserError(f"no checkpoint in {self.folder} can be read: start over with --fresh")
-        return None
+        """The state to go on from, or None."""
+        return None if self.fresh else load_newest(self.folder, self.say)
 
     def finite(self, step, value):
-        """False for a step to leave out because its loss or gradient is not finite; the
-        third in a row ends the run."""
+        """False for a step to leave out, whose loss or gradient is not finite; three in a row end the run."""
         if math.isfinite(value):
             self.bad = 0
             return True
         self.bad, self.skipped = self.bad + 1, self.skipped + 1
         self.say(f"!! step {step}: the loss is not finite: step left out, {self.skipped} so far")
         if self.bad == 3:
-            raise UserError(f"the loss was not finite three times in a row, at step {step}; what was saved "
-                            f"in {self.folder} is intact: lower the learning rate and use another --out, or "
-                            "go on from there by the same command")
+            raise UserError(f"the loss was not finite three times in a row, at step {step}; what is saved is "
+                            "intact: go on by the same command, or lower the learning rate in another --out")
         return False
 
     def log(self, step, steps, show=True, **numbers):
         """A line of log.jsonl, and the same numbers on the progress line."""
+        row = {"step": step, **numbers, "seconds": round(time.time() - self.began, 1)}
         with open(self.folder / "log.jsonl", "a") as file:
-            seconds = round(time.time() - self.began, 1)
-            file.write(json.dumps({"step": step, **numbers, "seconds": seconds}) + "\n")
+            file.write(json.dumps(row) + "\n")
         if show:
-            text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            self.progress("step", step, steps, text)
+            self.progress("step", step, steps, "  ".join(f"{key} {x:.4g}" for key, x in numbers.items()))
 
     def progress(self, what, done, total, numbers=""):
         """One line, rewritten on a terminal, repeated every ten seconds in a log file."""
@@ -294,8 +411,9 @@ class Run:
         if not last and (not rate or now - self.printed < (0.2 if sys.stdout.isatty() else 10)):
             return
         self.printed = now
-        percent, eta = 100 * done // max(total, 1), clock(rate * (total - done))
-        line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {eta}"
+        left = clock(rate * (total - done))
+        percent = 100 * done // max(total, 1)
+        line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {left}"
         if sys.stdout.isatty():
             print("\r" + line.ljust(self.width), end="\n" if last else "", flush=True)
             self.width = 0 if last else len(line)
@@ -307,63 +425,21 @@ class Run:
         print(("\r" + " " * self.width + "\r" if self.width else "") + text, flush=True)
         self.width = 0
 
-
-# What a file that is no longer whole makes zipfile, pickle and torch raise
-DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile,
-          pickle.UnpicklingError, zlib.error)
-
-
-def load_checkpoint(file):
-    """What Run.save wrote, verified, on the CPU."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():
-                raise ValueError("its checksum is wrong")
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} is not there") from None
-    except DAMAGE as error:
-        why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        raise UserError(f"{file} is damaged and cannot be read ({why})") from None
-
-
-def load_stage(folder, what, script, key):
-    """What an earlier stage saved in its folder; `key` is in no other stage's"""
-    file = Path(folder) / "last.pt"
-    if not file.exists():
-        raise UserError(f"this needs {what}, and {file} is not there. Run: python {script}")
-    state = load_checkpoint(file)
-    if key not in state:
-        raise UserError(f"this needs {what}, and {file} holds something else: another folder is wanted, of "
-                        f"what python {script} made")
-    return state
+    def stop_if_asked(self, step):
+        """After a save: Ctrl-C or SIGTERM ends the run here, and nothing is lost."""
+        if self.stopping:
+            raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on "
+                            "from there")
 
 
 def clock(seconds):
     """3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s"""
-    seconds = int(seconds + 0.5)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-def remove(*paths):
-    """For --fresh: files and folders, if they are there."""
-    for path in paths:
-        try:
-            shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"--fresh: cannot remove {path}: {error}") from None
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    short = f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else short
 
 
 # --------------------------------------------------------------------------------------------------- pictures
-
-def decode(image, mode):
-    """A PIL image as 8 bits a channel in `mode`.  Pillow itself would clip 16-bit greys to white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
-
 
 def to_bytes(picture):
     """A picture in [0, 1], or a little outside, as 8 bits"""
@@ -372,14 +448,11 @@ def to_bytes(picture):
 
 def grid(pictures, columns, gap=2):
     """Pictures (N,H,W,3) uint8, a tensor or array -> one array, `columns` to a row, white between them."""
-    pictures = np.asarray(pictures)
-    number, height, width, _ = pictures.shape
-    rows = -(-number // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for k, picture in enumerate(pictures):
-        y, x = k // columns * (height + gap), k % columns * (width + gap)
-        sheet[y:y + height, x:x + width] = picture
-    return sheet
+    missing = -len(pictures) % columns
+    padded = np.pad(pictures, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    _, H, W, _ = padded.shape
+    sheet = padded.reshape(-1, columns, H, W, 3).swapaxes(1, 2).reshape(-1, columns * W, 3)
+    return sheet[:len(sheet) - gap, :columns * W - gap]
 
 
 def save_picture(path, picture):
@@ -387,32 +460,11 @@ def save_picture(path, picture):
         Image.fromarray(np.asarray(picture)).save(temporary, format="PNG", optimize=True)
 
 
-def new_figure(*arguments, **options):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(*arguments, layout="constrained", **options)
+def save_preview(path, rows):
+    """Rows of pictures (rows,B,H,W,3) uint8, twice as large, to look at"""
+    save_picture(path, np.kron(grid(rows.flatten(0, 1), rows.shape[1]), np.ones((2, 2, 1), np.uint8)))
 
 
-def save_figure(figure, path):
-    import matplotlib.pyplot as plt
-    figure.canvas.draw()
-    save_picture(path, np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    plt.close(figure)
-
-
-def plot_log(folder, ylabel, **labels):
-    """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
-    rows = []
-    for line in open(Path(folder) / "log.jsonl"):
-        with suppress(ValueError):                    # a line that a kill cut off in the middle
-            rows.append(json.loads(line))
-    figure, axis = new_figure(figsize=(6, 3.5))
-    for key, label in labels.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            often = len(points) > 50
-            axis.plot(*zip(*points), lw=0.7 if often else 1.5, marker="" if often else "o", ms=3, label=label)
-    axis.set(xlabel="step", ylabel=ylabel)
-    axis.legend()
-    save_figure(figure, Path(folder) / "curve.png")
+def save_figure(path, figure):
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

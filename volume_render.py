@@ -1,26 +1,26 @@
 """
-From a volume and rays to a picture: emission-absorption volume rendering, the one
-renderer that every stage uses.
+From a volume and rays to a picture: emission-absorption volume rendering, the one renderer of every stage.
 
 A ray x(t) = origin + t direction passes through glowing fog of density sigma (per unit of length) and colour
-c.  What is left of the light from depth t is T(t) = exp(-integral of sigma up to t), so that the camera sees
+c.  The light that is left at depth t is T(t) = exp(-integral of sigma up to t), so the camera sees
 
     colour = integral of  T(t) sigma(t) c(t) |direction| dt   +   (what is left at the end) * white
 
-Cut into bins of length d, with one density and one colour in each, the integral is exact
-and becomes a sum (Max 1995):
+Cut the ray into bins of length d, with one density and one colour in each.  The integral is then exact, and
+becomes a sum (Max 1995):
 
     tau_i = sigma_i d_i                optical depth of bin i
-    T_i   = exp(-sum_{j<i} tau_j)      what reaches the camera from bin i: j < i, not j <= i: a bin does not
-                                       hide itself
-    w_i   = T_i (1 - exp(-tau_i))      the share of the picture that bin i is
+    T_i   = exp(-sum_{j<i} tau_j)      transmittance: the share of bin i's light that reaches the camera.
+                                       j < i, not j <= i: a bin does not hide itself
+    w_i   = T_i (1 - exp(-tau_i))      the share of the picture that bin i contributes
     colour = sum w_i c_i + (1 - alpha) white,      alpha = sum w_i,      depth = sum w_i t_i / alpha
 
-in   volume (B,C,D,H,W) of channels before activation; rays; a `field` that makes density and colour of
-     looked-up channels
+in   volume (B,C,D,H,W) of channels before activation; rays; a `field`, which turns looked-up channels into
+     density and colour
 out  rgb (B,R,3), alpha (B,R), depth (B,R)
 run  python volume_render.py        headphones made of solids -> runs/volume_render/*.png, and rays per second
-read camera_rays, cube, composite, render; then occupancy and render_sparse, which make empty space cheap.
+read camera_rays, cube, composite, lookup, render; then render_views.  Skip occupancy and render_sparse, which
+     make empty space cheap, at first reading.
 """
 import math
 import time
@@ -29,65 +29,72 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-from common import parse_config, pick_device, save_picture
-from shapes.rasterizer import camera_to_world_at, intrinsics_at
+from common import (camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_figure,
+                    save_picture, to_bytes)
 
 EMPTY = 0.02         # densities below this are empty space: the whole cube of it would have an opacity of 3 %
+ANGLES = ((215, 25), (30, 10), (125, -10), (300, 45))    # azimuth, elevation: the cameras to compare by
+SIZE = 64                                                # pixels of those views
 
 
 @dataclass
 class Config:
     out: str = "runs/volume_render"     # folder for the pictures
-    resolution: int = 64                # voxels along a side of the analytic volume
-    size: int = 256                     # pixels along a side
-    samples: int = 128                  # bins along a ray: halve them until you see the steps
-    sharpness: float = 3000.0          # how fast density grows below a surface; the cube's side is 1
-    azimuth: float = 215.0              # degrees
-    elevation: float = 25.0             # degrees
+    resolution: int = 64                # voxels along a side of the analytic volume (at least 2)
+    size: int = 256                     # pixels along a side (at least 1)
+    samples: int = 128                  # bins along a ray: halve them until you see the steps (at least 1)
+    sharpness: float = 3000.0           # how fast density grows below a surface; the cube's side is 1
+    azimuth: float = 215.0              # degrees (from -360 to 360)
+    elevation: float = 25.0             # degrees (from -90 to 90)
     device: str = "auto"                # auto, cpu or cuda
 
 
-def camera_rays(camera_to_world, intrinsics, size):
-    """(...,4,4), (...,3,3), pixels a side -> origins (...,H*W,3), directions (...,H*W,3), row by row.
+# ------------------------------------------------------------------------------------------------------- rays
 
-    Directions are scaled to camera z = 1, so that the ray's t is the z-depth that rasterisers
-    and depth maps speak of."""
+def pixel_rays(camera_to_world, intrinsics, x, y):
+    """(...,4,4), (...,3,3), places in the picture (...) -> origins and directions (...,3)"""
+    # A direction has camera z = 1, so the ray's t is the z-depth that rasterisers and depth maps speak of
+    x = (x - intrinsics[..., 0, 2]) / intrinsics[..., 0, 0]
+    y = (y - intrinsics[..., 1, 2]) / intrinsics[..., 1, 1]
+    directions = camera_to_world[..., :3, :3] @ torch.stack([x, y, torch.ones_like(x)], -1)[..., None]
+    return camera_to_world[..., :3, 3].expand_as(directions[..., 0]), directions[..., 0]
+
+
+def camera_rays(camera_to_world, intrinsics, size):
+    """(...,4,4), (...,3,3), pixels a side -> origins and directions (...,H*W,3), row by row"""
+    # Pixel centres are at +0.5: (0, 0) is the corner of the picture
     centre = torch.arange(size, device=camera_to_world.device, dtype=camera_to_world.dtype) + 0.5
     y, x = torch.meshgrid(centre, centre, indexing="ij")
-    pixel = torch.stack([x, y, torch.ones_like(x)], -1).view(-1, 3)                     # (HW,3)
-    in_camera = pixel @ torch.linalg.inv(intrinsics).transpose(-1, -2)                  # (...,HW,3)
-    directions = in_camera @ camera_to_world[..., :3, :3].transpose(-1, -2)             # (...,HW,3)
-    return camera_to_world[..., None, :3, 3].expand_as(directions), directions
+    shape = (*camera_to_world.shape[:-2], size * size)
+    x, y = x.reshape(-1).expand(shape), y.reshape(-1).expand(shape)                     # (...,HW)
+    return pixel_rays(camera_to_world[..., None, :, :], intrinsics[..., None, :, :], x, y)
 
 
 def cube(origins, directions):
     """Where rays enter and leave [-0.5, 0.5]^3 -> near, far (...,R); far = near for those that miss it."""
+    # The cube is where three slabs meet: a ray is inside from the last entry to the first exit
     inverse = 1 / torch.where(directions.abs() < 1e-9, 1e-9, directions)
-    a, b = (-0.5 - origins) * inverse, (0.5 - origins) * inverse           # (...,R,3): the slabs of each axis
+    a, b = (-0.5 - origins) * inverse, (0.5 - origins) * inverse                        # (...,R,3)
     near, far = torch.minimum(a, b).amax(-1).clamp(min=0), torch.maximum(a, b).amin(-1)
     return near, torch.maximum(near, far)
 
 
-def voxel_field(channels, position):
-    """The plainest field: the first channel is density, the next three are colour.  Interpolate
-    first, then activate: a sharp surface between two voxels can only come from a steep activation of
-    an interpolated channel."""
-    return F.softplus(channels[..., 0]), torch.sigmoid(channels[..., 1:4])
+# ----------------------------------------------------------------------------------------------- the renderer
 
-
-def composite(sigma, rgb, length, t, background=1.0, transmittance="exclusive"):
-    """sigma (...,S), rgb (...,S,3), bin lengths (...,S) or (...,1), t (...,S) -> image (...,3),
-    alpha (...), depth (...)"""
+def composite(sigma, rgb, length, t, background=1.0):
+    """sigma (...,S), rgb (...,S,3), bin lengths (...,S) or (...,1), t (...,S) -> image (...,3), alpha (...),
+    depth (...)"""
     tau = sigma * length                                                                # (...,S)
-    through = tau.cumsum(-1) - (tau if transmittance == "exclusive" else 0)
-    # For the lesson: "inclusive" (j <= i), a common slip, dims a sample by itself; an opaque
-    # one gets no weight at all
-    weight = torch.exp(-through) * -torch.expm1(-tau)                                   # (...,S)
-    return finish((weight[..., None] * rgb).sum(-2), weight.sum(-1), (weight * t).sum(-1), background)
+    # The cumulative sum includes bin i itself; the transmittance must not, so tau_i is taken off again.
+    # (Exercise: leave "- tau" out, here and in render_sparse.  The paper's notebook does, and loses 3.7 dB)
+    transmittance = torch.exp(-(tau.cumsum(-1) - tau))
+    weight = transmittance * -torch.expm1(-tau)                                         # (...,S)
+    return on_background((weight[..., None] * rgb).sum(-2), weight.sum(-1), (weight * t).sum(-1), background)
 
 
-def finish(rgb, alpha, depth, background):
+def on_background(rgb, alpha, depth, background):
     """Sums over a ray, (...,3), (...), (...) -> image on the background, alpha, mean depth"""
     alpha = alpha.clamp(max=1)                                                   # rounding may reach 1 + 1e-6
     depth = (depth / alpha.clamp(min=0.01)).masked_fill(alpha <= 0.01, math.inf)
@@ -97,37 +104,122 @@ def finish(rgb, alpha, depth, background):
 def lookup(volume, position):
     """Trilinear: volume (B,C,D,H,W), position (B,...,3) in the world -> (B,...,C); voxel
     centres at (i + 0.5)/N."""
+    # grid_sample wants a 3D grid of points; a list of points is a grid of P x 1 x 1
     B, shape = len(position), position.shape[1:-1]
     points = 2 * position.view(B, -1, 1, 1, 3)                            # [-1, 1] is grid_sample's range
     found = F.grid_sample(volume, points, align_corners=False, padding_mode="border")
     return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, volume.shape[1])     # x, y, z: its order too
 
 
-def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None,
-           background=1.0, transmittance="exclusive"):
-    """volume (B,C,D,H,W), origins and directions (B,R,3) -> rgb (B,R,3), alpha (B,R), depth
-    (B,R; inf where alpha <= 0.01)
+def voxel_field(channels, position):
+    """The plainest field: the first channel is density, the next three are colour.  Interpolate
+    first, then activate: a sharp surface between two voxels can only come from a steep activation of
+    an interpolated channel."""
+    return F.softplus(channels[..., 0]), torch.sigmoid(channels[..., 1:4])
 
-    One sample in each of `samples` equal bins: at its centre, or with a `generator` anywhere in it
-    (stratified: over a training every depth is visited).  With `occupied`, see occupancy(), samples in empty
-    space are not looked up."""
+
+def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None):
+    """volume (B,C,D,H,W), origins and directions (B,R,3) -> rgb (B,R,3) on white, alpha (B,R), depth
+    (B,R; inf where alpha <= 0.01)"""
+    # Equal bins between the cube's faces.  Bins are measured in t, light is lost over a length
     near, far = cube(origins, directions)
     step = (far - near) / samples                                                       # (B,R)
     length = step * directions.norm(dim=-1)
-    u = None
+
+    # One sample in each bin: at its centre, or with a generator anywhere in it (stratified sampling: over a
+    # training every depth is visited)
+    place = None
     if generator is not None:
-        u = torch.rand(*near.shape, samples, generator=generator, device=near.device)   # (B,R,S)
-    if occupied is not None:
-        return render_sparse(volume, origins, directions, samples, near, step, length, u, field, occupied,
-                             background, transmittance)
-    bins = torch.arange(samples, device=near.device) + (0.5 if u is None else u)
+        place = torch.rand(*near.shape, samples, generator=generator, device=near.device)   # (B,R,S)
+    if occupied is not None:                        # the same picture, but empty space is not looked up
+        bins = near, step, length
+        return render_sparse(volume, origins, directions, bins, samples, place, field, occupied)
+
+    bins = torch.arange(samples, device=near.device) + (0.5 if place is None else place)
     t = near[..., None] + bins * step[..., None]                                        # (B,R,S)
     position = origins[..., None, :] + t[..., None] * directions[..., None, :]          # (B,R,S,3)
     sigma, rgb = field(lookup(volume, position), position)
-    return composite(sigma, rgb, length[..., None], t, background, transmittance)
+    return composite(sigma, rgb, length[..., None], t)
 
 
-# ---------------------------------------------------------------------------------- empty space costs nothing
+# ----------------------------------------------------------------------------------------- what a model shows
+
+def cameras(angles):
+    """[(azimuth, elevation)], in degrees -> camera_to_world (V,4,4), at the training cameras' distance"""
+    return torch.stack([camera_to_world_at(azimuth, elevation, 1.3) for azimuth, elevation in angles]).float()
+
+
+@torch.no_grad()
+def render_volumes(model, volumes, poses, K, size):
+    """volumes (B,C,D,H,W), each seen by all cameras poses (V,4,4), K (3,3) -> rgb (B,V,H,W,3), alpha
+    (B,V,H,W), depth (B,V,H,W)"""
+    # All the cameras' pixels are one long list of rays.  Twice the bins of training: pictures want it smooth
+    rays = camera_rays(poses.to(volumes.device), K.to(volumes.device), size)
+    origins, directions = (some.flatten(0, 1).expand(len(volumes), -1, -1) for some in rays)    # (B,VHW,3)
+    pictures = render(volumes, origins, directions, 2 * model.config.samples, model.field,
+                      occupied=occupancy(volumes, model.field))
+    return tuple(some.view(len(volumes), len(poses), size, size, *some.shape[2:]) for some in pictures)
+
+
+def render_view(model, volume, pose, K, size):
+    """volume (1,C,D,H,W), one camera -> rgb (H,W,3), alpha (H,W), depth (H,W), on the CPU"""
+    return tuple(some[0, 0].cpu() for some in render_volumes(model, volume, pose[None], K, size))
+
+
+@torch.no_grad()
+def render_views(model, latents, poses, size, batch=8):
+    """latents (B,...), poses (V,4,4) -> rgb (B,V,H,W,3), alpha (B,V,H,W), depth, solid (B,D,H,W) bool"""
+    K, parts = intrinsics_at(size).float(), []
+    for part in latents.split(batch):
+        volumes = model.to_volume(part)
+        solid = voxel_opacity(volumes, model.field) > 0.5
+        parts.append((*render_volumes(model, volumes, poses, K, size), solid))
+    return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
+
+
+def depth_picture(depth, alpha):
+    """(H,W) each -> (H,W,3): near is light, far is dark; what is mostly transparent is white."""
+    seen = alpha > 0.5
+    near, far = (depth[seen].min(), depth[seen].max()) if seen.any() else (0.0, 1.0)
+    grey = torch.where(seen, 0.85 - 0.7 * (depth - near) / (far - near + 1e-6), 1.0)
+    return grey[..., None].expand(-1, -1, 3)
+
+
+@torch.no_grad()
+def truth_and_ours(model, codes, photos, objects, view):
+    """(3,B,H,W,3) uint8: photo, rendering and depth, of one view of these objects, whose codes are given"""
+    columns = []
+    for o, code in zip(objects, codes):
+        volume = model.volumes_of(code[None])
+        K = photos.intrinsics[o]
+        rgb, alpha, depth = render_view(model, volume, photos.pose[o, view], K, photos.size)
+        columns.append(torch.stack([photos.rgb[o, view] / 255, rgb, depth_picture(depth, alpha)]))
+    return to_bytes(torch.stack(columns, 1))
+
+
+@torch.no_grad()
+def draw_pipeline(model, photos, path, o=0):
+    """The pipeline, from real tensors: code, latent, volume, a held-out view, its depth, the photo."""
+    code = model.codes[o]
+    latent, volume = model.to_latent(code[None]), model.volumes_of(code[None])
+    opacity = voxel_opacity(volume, model.field)[0]
+    rgb, alpha, depth = render_view(model, volume, photos.pose[o, -1], photos.intrinsics[o], photos.size)
+    side = math.ceil(len(code) ** 0.5)
+    square = F.pad(code, (0, side * side - len(code))).view(side, side)
+    panels = [("code e", square, "RdBu"),
+              ("latent G1(e)\none channel, one slice", latent[0, 0, latent.shape[2] // 2].flip(0), "RdBu"),
+              ("volume G2(G1(e))\ndensest along y", opacity.amax(1).flip(0), "Greys"),
+              ("rendered", rgb.clamp(0, 1), None), ("its depth", depth_picture(depth, alpha), None),
+              ("photo, held out", photos.rgb[o, -1].float() / 255, None)]
+    figure = Figure(figsize=(13, 2.6), layout="constrained")
+    for axis, (title, picture, colours) in zip(figure.subplots(1, len(panels)), panels):
+        axis.imshow(picture.cpu().numpy(), cmap=colours)
+        axis.set_title(title, fontsize=9)
+        axis.axis("off")
+    save_figure(path, figure)
+
+
+# ---------------------------------------------------- empty space costs nothing (skip this at first reading)
 
 def density(volume, field=voxel_field):
     """(B,C,D,H,W) -> (B,D,H,W): the density at the voxels' centres."""
@@ -138,7 +230,7 @@ def density(volume, field=voxel_field):
 
 
 def voxel_opacity(volume, field=voxel_field):
-    """(B,C,D,H,W) -> (B,D,H,W): what a ray straight through each voxel loses in it"""
+    """(B,C,D,H,W) -> (B,D,H,W): the share of its light that a ray loses straight through a voxel"""
     return 1 - torch.exp(-density(volume, field) / volume.shape[-1])
 
 
@@ -148,77 +240,79 @@ def occupancy(volume, field=voxel_field):
 
     Cell (i,j,k) has voxels i-1 and i, j-1 and j, k-1 and k at its corners.  What a sample in it looks up
     lies between those eight voxels' channels, so it is dense only if one of them is."""
-    return either(F.pad(density(volume, field) > EMPTY, (1,) * 6))
+    return any_of_eight(F.pad(density(volume, field) > EMPTY, (1,) * 6))
 
 
-def either(cells):
+def any_of_eight(mask):
     """(B,n,n,n) bool -> (B,n-1,n-1,n-1): is any True of the eight that meet at each inner corner?
     Far faster than max_pool3d on a CPU."""
     for dim in (1, 2, 3):
-        n = cells.shape[dim] - 1
-        cells = cells.narrow(dim, 0, n) | cells.narrow(dim, 1, n)
-    return cells
+        n = mask.shape[dim] - 1
+        mask = mask.narrow(dim, 0, n) | mask.narrow(dim, 1, n)
+    return mask
 
 
-def blocks_around(cells):
+def blocks_around(occupied):
     """(B,n,n,n) bool -> (B,m,m,m), m = n/2: is any of a block's 2^3 cells True, or any of its neighbours'?"""
-    blocks = either(F.pad(cells, (0, 1 + cells.shape[-1] % 2) * 3))[:, ::2, ::2, ::2]
-    return either(either(F.pad(blocks, (1,) * 6)))
+    blocks = any_of_eight(F.pad(occupied, (0, 1 + occupied.shape[-1] % 2) * 3))[:, ::2, ::2, ::2]
+    return any_of_eight(any_of_eight(F.pad(blocks, (1,) * 6)))
 
 
-def render_sparse(volume, origins, directions, samples, near, step, length, u, field, occupied, background,
-                  transmittance):
-    """What render() does, with the samples in unoccupied cells left out: first runs of bins, by a
-    coarse grid of blocks, then single bins.  Those kept become one list, ray after ray: (P,) samples."""
-    (B, R), N, device = near.shape, volume.shape[-1], volume.device
-    near, step, length = near.view(-1), step.view(-1), length.view(-1)                      # (BR,)
+def render_sparse(volume, origins, directions, bins, samples, place, field, occupied):
+    """render(), with the samples in unoccupied cells left out.  `bins` are near, step and length of each ray,
+    `place` (B,R,S) each sample's place in its bin."""
+    (B, R), N, device = bins[0].shape, volume.shape[-1], volume.device
+    near, step, length = (some.view(-1) for some in bins)                                   # (BR,)
     owner = torch.arange(B, device=device, dtype=torch.int32).repeat_interleave(R)
     o = (origins + 0.5).mul(N).add(0.5).view(-1, 3).T.contiguous()                          # (3,BR) in cells
     d = (directions * N).view(-1, 3).T.contiguous()
 
-    # A run's middle is at most half a run from its ends: the block it lies in knows its neighbours
+    # First whole runs of bins are dropped, by a coarse grid of blocks.  A run's middle is at most half a run
+    # from its ends, and a block knows its neighbours
     longest = max(1, 4 / N * samples / math.sqrt(3))
     run = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= longest)
     middle = (torch.arange(samples // run, device=device) + 0.5) * run                      # (G,)
     middle = near[:, None] + step[:, None] * middle                                         # (BR,G)
     kept = is_in(blocks_around(occupied), owner[:, None], o[..., None] / 2, d[..., None] / 2, middle)
     ray, g = kept.nonzero().unbind(1)                                                       # (K,) runs
-    bins = g * run + torch.arange(run, device=device)[:, None]                              # (run,K)
-    t = near[ray] + (bins + (0.5 if u is None else u.view(-1, samples)[ray, bins])) * step[ray]
+
+    # Then single bins.  Those kept become one list, ray after ray: (P,) samples
+    number = g * run + torch.arange(run, device=device)[:, None]                            # (run,K)
+    place = 0.5 if place is None else place.view(-1, samples)[ray, number]
+    t = near[ray] + (number + place) * step[ray]
     kept = is_in(occupied, owner[ray], o[:, ray], d[:, ray], t)
     k, bin = kept.T.nonzero().unbind(1)                                                     # (P,) samples
     ray, t = ray[k], t[bin, k]
-
     point = torch.addcmul(o[:, ray], t, d[:, ray]).T.sub(0.5).div(N).sub(0.5)               # (P,3) in world
     sigma, rgb = field(lookup_sparse(volume, point, owner[ray]), point)
-    # As in composite(), but cumulative over the whole list, in double: what a ray has passed is the sum so
-    # far less the sum where it began
+
+    # As in composite(), but the cumulative sum runs over the whole list, in double: what a ray has passed is
+    # the sum so far less the sum where the ray began
     tau = sigma * length[ray]                                                               # (P,)
     count = ray.bincount(minlength=B * R)                                                   # (BR,)
-    total = F.pad(tau.double().cumsum(0), (1, 0))                                           # (P+1,)
-    began = total[(count.cumsum(0) - count)[ray]]                                           # (P,)
-    through = (total[:-1] if transmittance == "exclusive" else total[1:]) - began
-    weight = torch.exp(-through.float()) * -torch.expm1(-tau)
+    total = tau.double().cumsum(0)                                                          # (P,)
+    began = F.pad(total, (1, 0))[(count.cumsum(0) - count)[ray]]                            # (P,)
+    transmittance = torch.exp(-((total - tau) - began).float())
+    weight = transmittance * -torch.expm1(-tau)
     seen = weight[:, None] * torch.cat([rgb, torch.ones_like(t)[:, None], t[:, None]], 1)   # (P,5)
     sums = seen.new_zeros(B * R, 5).index_add(0, ray, seen).view(B, R, 5)
-    return finish(sums[..., :3], sums[..., 3], sums[..., 4], background)
+    return on_background(sums[..., :3], sums[..., 3], sums[..., 4], 1.0)
 
 
-def is_in(cells, owner, origin, direction, t):
-    """cells (B,n,n,n) bool; owner; rays (3,...) in units of cells; t (...) -> bool: is the cell at t True?"""
-    n = cells.shape[-1]
+def is_in(mask, owner, origin, direction, t):
+    """mask (B,n,n,n) bool; owner; rays (3,...) in units of its cells; t (...) -> bool: the cell's at t"""
+    n = mask.shape[-1]
     index = owner                                             # 32 bits: half the memory of PyTorch's habit
     for axis in (2, 1, 0):                                                                  # z, y, x
         at = torch.addcmul(origin[axis], t, direction[axis])
         index = index * n + at.int().clamp_(0, n - 1)
-    return cells.view(-1)[index]
+    return mask.view(-1)[index]
 
 
 def lookup_sparse(volume, position, owner):
-    """position (P,3), each in the volume of object `owner` (P,), ascending -> (P,C).
-
-    grid_sample wants as many points for each volume: pad to the largest number.  On a CPU it runs parallel
-    over volumes alone, so that one volume is better looked up as two, with half of the points each."""
+    """position (P,3), each in the volume of object `owner` (P,), ascending -> (P,C)."""
+    # grid_sample wants as many points for each volume: pad to the largest number.  On a CPU it runs parallel
+    # over volumes alone, so one volume is better looked up as two, with half of the points each
     counts = owner.bincount(minlength=len(volume)).tolist()
     if len(volume) == 1:
         volume, counts = volume.expand(2, *volume.shape[1:]), [len(owner) // 2, len(owner) - len(owner) // 2]
@@ -251,6 +345,7 @@ def headphones(resolution, sharpness):
 def main(argv=None):
     config = parse_config(Config, argv=argv)
     device = pick_device(config.device)
+    # One camera, one volume; its rays are rendered with and without the empty space, and timed
     volume = headphones(config.resolution, config.sharpness).to(device)
     pose = camera_to_world_at(config.azimuth, config.elevation, 1.3).float().to(device)
     intrinsics = intrinsics_at(config.size).float().to(device)
@@ -265,15 +360,14 @@ def main(argv=None):
             times.append(time.perf_counter() - began)
         speed = directions.shape[1] / min(times) / 1e6
         print(f"{name:<20} {speed:6.2f} million rays per second, {config.samples} samples each")
-    square = lambda values: values.clamp(0, 1).view(config.size, config.size, -1)
-    picture = lambda values: (square(values) * 255).byte().expand(-1, -1, 3).cpu()
-    far, near = depth[depth.isfinite()].max(), depth[depth.isfinite()].min()
-    shade = 1 - (depth - near) / (far - near) * 0.8
-    pictures = {"colour": picture(rgb), "opacity": picture(alpha), "depth": picture(shade)}
+    picture = lambda values: to_bytes(values.view(config.size, config.size, -1).expand(-1, -1, 3)).cpu()
+    square = lambda values: values.view(config.size, config.size)
+    pictures = {"colour": picture(rgb), "opacity": picture(alpha),
+                "depth": to_bytes(depth_picture(square(depth), square(alpha))).cpu()}
     for name, pixels in pictures.items():
         save_picture(f"{config.out}/{name}.png", pixels)
-    print(f"wrote {', '.join(f'{config.out}/{name}.png' for name in pictures)}: near is light in the depth")
+    print(f"wrote {', '.join(f'{config.out}/{name}.png' for name in pictures)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -2,147 +2,135 @@
 Is it good, is it new, is it diverse?  The numbers, beside controls that need no diffusion at all.
 
 The earphones are procedural, so there is no end of fresh ones (fresh.py): objects of the training objects'
-distribution that no training saw.  Good samples cannot be told from them.
+distribution that no training saw.  Good samples cannot be told from them.  README.md explains each number in
+plain words; in short, and for each the value of a perfect generator:
 
-    shapes      points on the visible surface, seen by the same 20 cameras.  Of two shapes the Chamfer
-                distance; of two sets
-                1-NNA   how often a shape's nearest other is of its own set: 50 % where sets are alike.
-                        Against fresh objects' meshes it tells volumes from meshes, whatever the samples;
-                        "decoded": against those as the decoder can show them (codes fitted to photos),
-                        the mean over groups of as many samples as there are of those
-                COV     the share of fresh objects that are some sample's nearest
-                MMD     the mean distance from a fresh object to its nearest sample (x 1,000)
-    pictures    the features of a network that reads factors off four views.  Of two sets their kernel
-                distance, MMD^2 with (x y / d + 1)^3 (Binkowski et al. 2018): 0 where they are alike.  (Not
-                KID: that is the same of Inception's features.)  To photos of fresh objects, and to fresh
-                objects as the decoder can show them
+    shapes      points on the visible surface, seen by 20 cameras; of two shapes the Chamfer distance
+                1-NNA   Put samples and fresh objects together.  How often does a shape's nearest neighbour
+                        come from its own group?  50 % means that the groups cannot be told apart.  Against
+                        fresh objects' meshes it tells volumes from meshes; "decoded": against fresh objects
+                        as the decoder can show them (codes fitted to photos), in groups of as many
+                COV     the share of fresh objects that are the nearest to some sample     higher is better
+                MMD     the mean distance from a fresh object to its nearest sample, x 1,000          lower
+    pictures    the features of a network that reads factors from four views.  The kernel distance of two sets
+                of them, MMD^2 with (x y / d + 1)^3 (Binkowski et al. 2018): 0 where the sets are alike.  (Not
+                KID: that is the same with Inception's features)
     copies      the share of samples whose nearest training object is under a third as far as the second
-    Z_U         are samples nearer to the training objects than unseen objects are?  (Mann-Whitney, z-scored;
-                Meehan et al. 2020)  Below -3: copying
-    cells       kind x palette x outline as that network reads them: how many of those that training objects
-                come from the samples reach, and how many of all others
-    d1          the mean distance of a latent to the nearest training object's; "closest two of 64": of the
-                first 64 latents to each other.  "shapes": a number by Chamfer distance, not by latents
-    pixels      the energy distance of the small pictures as they are
-    foreground  PSNR over the object's own pixels
+    Z_U         Are samples nearer to the training objects than unseen objects are?  (Mann-Whitney, z-scored;
+                Meehan et al. 2020)  Below -3 is copying, 0 is right
+    cells       kind x palette x outline as that network reads them: the share of the training objects' cells
+                that samples reach, and of all other cells
+    in pieces   the share of samples that fall apart, among those whose nearest training object is whole
+    haze        mean opacity further than 2 pixels from what is opaque                            0 is right
+    colours     distance of the colours from the nearest of 4 (k-means): bleeding raises it
 
 Training objects themselves have the best 1-NNA: read it with Z_U.  +- is a deviation, by bootstrap.
 
-in   runs/diffusion, runs/autodecoder, data/       stages 0 to 2, or the model in the box;
-     runs/shuffled                                 a control, if it is there
-out  runs/evaluate/      tables.md, tables.json, figure.png, nearest.png, worst.png
+in   runs/diffusion, runs/autodecoder        stages 1 and 2, or the model in the box;
+     runs/shuffled                           a control, if it is there
+out  runs/evaluate/      tables.md, tables.json, figure.png
 run  python -m lab.evaluate
      python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
 read judge, rivals, main; and metrics.py, fresh.py.
 """
 import functools
-import json
 import math
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-from autodecoder import Config as Stage1
-from autodecoder import fit_codes, mean_of, mean_photo, measure
-from common import (Run, at_least, atomic_file, new_figure, parse_config, pick_device, save_figure,
-                    save_picture, to_bytes)
-from denoiser import sample as draw_samples
-from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser
-from lab.fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around, read,
-                   see_objects, train_reader, training_cells, unseen_photos)
-from lab.metrics import (chamfer, copies, coverage, cubic, kernel_distance, minus_distance, mmd, nearest, one_nna,
-                     z_u)
-from lab.metrics import psnr  # noqa: F401      with the others, for those who import evaluate
-from shapes.photos import read_photos
-from sample import contact_sheet, load_models
-from sample import measure as measure_samples
-from views import ANGLES, cameras, preview, render_views, save_preview
+from common import Run, command, parse_config, pick_device, save_figure, save_text, to_bytes
+from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser, nearest
+from diffusion import sample as draw_samples
+from lab.fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around,
+                       read, see_objects, train_reader, training_cells)
+from lab.metrics import (chamfer, colour_residual, coverage, cubic, haze, kernel_distance, largest_piece,
+                         minus_distance, mmd, one_nna, z_u)
+from sample import is_copy, load_models, outside_span, save_json
+from volume_render import cameras, render_views
 
 
 @dataclass
 class Config:
-    diffusion: str = "runs/diffusion"    # stage 2's folder, or a file that sample.py --pack wrote
+    diffusion: str = "runs/diffusion"    # stage 2's folder
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     data: str = ""                       # unseen objects' photos; "": as the training ones', _test for _train
     shuffled: str = "runs/shuffled"      # a denoiser trained with --shuffle; not there: left out
     cache: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
     out: str = "runs/evaluate"           # folder for the tables
-    count: int = 500                     # samples of each kind, and fresh objects
-    points: int = 1024                   # on each shape
-    fits: int = 128                      # fresh objects that codes are fitted to, from 8 photos each
-    fit_steps: int = 400                 # gradient steps for each batch of codes
-    readings: int = 1024                 # objects that the reader learns from, by four pictures each
-    reader_steps: int = 4000             # gradient steps of the reader
+    count: int = 500                     # samples of each kind, and fresh objects (at least 4)
+    points: int = 1024                   # on each shape (at least 1)
+    fits: int = 128                      # fresh objects that get codes, fitted to 8 photos each (at least 4)
+    fit_steps: int = 400                 # gradient steps for each batch of codes (at least 1)
+    readings: int = 1024                 # objects that the reader learns from, 4 pictures each (at least 32)
+    reader_steps: int = 4000             # gradient steps of the reader (at least 1)
     controls: bool = True                # no: ours, training and held-out objects alone
-    reconstructions: int = 24            # unseen objects in the table of reconstructions; 0: no such table
-    bootstrap: int = 200                 # resamplings, for the deviations
+    bootstrap: int = 200                 # resamplings, for the deviations (at least 2)
     seed: int = 0                        # of the first sample, the controls, the fresh objects
     device: str = "auto"                 # auto, cpu or cuda
 
 
 PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, fit_steps=3, readings=32,
-                                               reader_steps=10, reconstructions=2, bootstrap=20,
+                                               reader_steps=10, bootstrap=20,
                                                cache="runs/fresh_smoke")}
 
 
 # ------------------------------------------------------------------------------------------------- the tables
 
-def resampled(count, config, salt):
-    """(T,count): how often each of `count` objects is drawn, in each of T bootstrap resamplings"""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + salt)
+def resampled(count, config, name):
+    """(T,count): how often each of `count` objects is drawn, in each of T bootstrap resamplings.  The draws
+    follow from the seed and a name."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + zlib.crc32(name.encode()))
     drawn = torch.randint(count, (config.bootstrap, count), generator=generator)
     return torch.zeros(config.bootstrap, count, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
 def see_volumes(model, latents, config):
-    """latents (N,...) -> what fresh.see_object gives of meshes: pictures (N,4,H,W,3) bytes, points (N,P,3)"""
+    """latents (N,...) -> as fresh.see_object does of meshes, pictures (N,4,H,W,3) bytes and points (N,P,3);
+    and how neat they are: largest piece, haze and colours, (N,) each"""
     origins, directions = rays_around()
-    pictures, points = [], []
-    for latent in latents.split(32):
-        rgb, alpha, depth, _ = render_views(model, latent, cameras(AROUND), PIXELS, batch=2)
+    pictures, points, neatness = [], [], []
+    for part in latents.split(32):
+        rgb, alpha, depth, solid = render_views(model, part, cameras(AROUND), PIXELS, batch=2)
         pictures.append(to_bytes(rgb[:, :4]))
         points += [cloud(origins, directions, d, a > 0.5, config.points)
                    for a, d in zip(alpha.flatten(2), depth.flatten(2))]
-    points = torch.stack(points).to(latents.device)
-    return {"rgb": torch.cat(pictures), "points": points, "latents": latents}
+        neatness += [(largest_piece(s), haze(a[:4]), colour_residual(c[:4], a[:4]))
+                     for c, a, s in zip(rgb, alpha, solid)]
+    piece, fog, colours = torch.tensor(neatness, dtype=torch.float64).T
+    return {"rgb": torch.cat(pictures), "points": torch.stack(points).to(latents.device), "latents": latents,
+            "piece": piece, "haze": fog, "colours": colours}
 
 
 def judge(some, fresh, held, training, cells, config):
     """One row of all tables: {number: (value, itself in each resampling)}, of what is defined for it"""
-    row, salt = {}, iter(range(100))
-    again = lambda what: resampled(len(what), config, next(salt))
+    row = {}
 
-    def share(name, hits):
-        row[name] = hits.double().mean().item(), again(hits) @ hits.double() / len(hits)
+    def mean(name, values):
+        values = values.double()
+        row[name] = values.mean().item(), resampled(len(values), config, name) @ values / len(values)
 
     def apart(name, statistic, a, b):
-        weights = again(a), resampled(len(b), config, 1000)         # of the fresh objects always the same
+        # The other set is resampled alike for all rows, so that its luck cancels in differences
+        weights = resampled(len(a), config, name), resampled(len(b), config, "the others")
         row[name] = statistic(a, b).item(), statistic(a, b, *weights)
-
-    def told_apart(name, between, among_others):
-        """1-NNA: of each group of as many samples as there are others (N), then the mean"""
-        N, own = between.shape[1], within(some)
-        groups = [slice(k, k + N) for k in range(0, len(own) - N + 1, N)]
-        hits = [one_nna(own[g, g], between[g], among_others) for g in groups]
-        hits = torch.stack(hits).double()                                                  # (G,2N)
-        ours, theirs = hits[:, :N].flatten(), hits[:, N:].mean(0)                          # (GN,), (N,)
-        redrawn = (again(ours) @ ours / len(ours) + again(theirs) @ theirs / N) / 2
-        row[name] = (ours.mean().item() + theirs.mean().item()) / 2, redrawn
 
     for name, other in (("1-NNA", fresh), ("1-NNA, decoded", held)) if "points" in some else ():
         if other and some is not other:
             N = min(len(some["points"]), len(other["points"]))
             between = chamfer(some["points"], other["points"][:N])
-            told_apart(name, between, within(other)[:N, :N])
-        if other and some is not other is fresh:
-            named, near = coverage(between[:N]), mmd(between[:N]).double()
-            weight = again(named)
-            redrawn = [len(named[w > 0].unique()) / N for w in weight]
-            row["COV"] = len(named.unique()) / N, torch.tensor(redrawn)
-            row["MMD"] = near.mean().item(), weight @ near / N
+            row[name] = told_apart(name, within(some), between, within(other)[:N, :N], config)
+            if other is fresh:
+                named, near = coverage(between[:N]), mmd(between[:N]).double()
+                weight = resampled(N, config, "COV")
+                again = torch.tensor([len(named[w > 0].unique()) / N for w in weight])
+                row["COV"] = len(named.unique()) / N, again
+                row["MMD"] = near.mean().item(), weight @ near / N
     if "features" in some:
         apart("to photos", functools.partial(kernel_distance, cubic), some["features"], fresh["features"])
         if some is not held and "latents" in some:
@@ -153,18 +141,35 @@ def judge(some, fresh, held, training, cells, config):
         new = ~torch.isin(cell, torch.tensor(cells))
         row["training cells"] = len(cell[~new].unique()) / len(cells), None
         row["other cells"] = len(cell[new].unique()) / (CELLS - len(cells)), None
-        share("in other cells", new)
+        mean("in other cells", new)
     if "latents" in some:
         latent, shape = some["to training"], some["shape to training"]
-        row["d1"] = latent[:, 0].mean().item(), again(latent) @ latent[:, 0].double() / len(latent)
-        share("copies", copies(latent))
-        share("copies, shapes", copies(shape))
+        mean("d1", latent[:, 0])
+        mean("copies", is_copy(latent))
+        mean("copies, shapes", is_copy(shape))
         row["closest two of 64"] = torch.pdist(some["latents"][:64].flatten(1)).min().item(), None
+        row["outside"] = outside_span(some["latents"], training["latents"]).quantile(0.95).item(), None
+        whole = training["piece"][some["whose"]] > 0.95
+        if whole.any():
+            mean("in pieces", some["piece"][whole] < 0.95)
+        mean("haze", some["haze"])
+        mean("colours", some["colours"].nan_to_num(0))
         if held and some is not held:
             apart("Z_U", z_u, latent[:, 0], held["to training"][:, 0])
             apart("Z_U, shapes", z_u, shape[:, 0], held["shape to training"][:, 0])
             apart("pixels", functools.partial(kernel_distance, minus_distance), pixels(some), pixels(held))
     return row
+
+
+def told_apart(name, own, between, among_others, config):
+    """1-NNA and its resamplings: of each group of as many samples as there are others (N), then the mean"""
+    N = between.shape[1]
+    groups = [slice(k, k + N) for k in range(0, len(own) - N + 1, N)]
+    hits = torch.stack([one_nna(own[g, g], between[g], among_others) for g in groups]).double()    # (G,2N)
+    ours, theirs = hits[:, :N].flatten(), hits[:, N:].mean(0)                                # (GN,), (N,)
+    redrawn = (resampled(len(ours), config, name) @ ours / len(ours)
+               + resampled(N, config, name + " others") @ theirs / N) / 2
+    return (ours.mean().item() + theirs.mean().item()) / 2, redrawn
 
 
 def within(some):
@@ -207,50 +212,14 @@ def gaussian(points, count, generator):
 
 
 LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "ours", "fresh objects")
-RECONSTRUCTION = ("PSNR, dB", "foreground", "white", "its foreground", "mean photo", "its foreground",
-                  "deviation over objects", "worst three")
-
-
-def reconstruction_rows(model, names, config, device):
-    """Held-out views of training objects, and of unseen objects known from 1, 2 and 8 photos, where there are
-    photos -> rows of a table; and a picture of the worst three of each: truth, ours, depth (3,B,H,W,3)"""
-    pictures = []
-
-    def row(what, photos, codes, views, white):
-        rows = measure(model, codes, photos, range(len(codes)), views, device, white)
-        each = [mean_of([r for r in rows if r["object"] == o], "ours") for o in range(len(codes))]
-        worst = sorted(range(len(codes)), key=each.__getitem__)[:3]
-        pictures.append(preview(model, codes[worst], photos, worst, views[0], device))
-        numbers = [mean_of(rows, key) for key in ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg")]
-        return [what, *(f"{number:.2f}" for number in (*numbers, torch.tensor(each).std().item())),
-                ", ".join(f"{photos.names[o]} {each[o]:.1f}" for o in worst)]
-
-    rows, size = [], model.config.size
-    if Path(model.config.data).is_dir():
-        photos = read_photos(model.config.data, size, len(names))
-        taught = photos.rgb.shape[1] - model.config.holdout_views
-        if photos.names == names:
-            rows.append(row(f"{len(names)} training objects, held-out views", photos, model.codes,
-                            range(taught, photos.rgb.shape[1]), mean_photo(photos, torch.arange(taught))))
-    if unseen_photos(config, model).is_dir():
-        photos = read_photos(unseen_photos(config, model), size, config.reconstructions)
-        count = photos.rgb.shape[1]
-        for given in (1, 2, 8):
-            if given < count:
-                recipe = Stage1(fit_steps=config.fit_steps)
-                codes = fit_codes(model, photos, torch.arange(given), recipe, device)
-                rows.append(row(f"{len(codes)} unseen objects from {given} photos", photos, codes,
-                                range(max(given, count - 8), count), mean_photo(photos, torch.arange(count))))
-    return rows, pictures
-
-
 TABLES = {
     "Generation": ("1-NNA", "1-NNA, decoded", "COV", "MMD", "to photos", "to reconstructions", "pixels"),
     "Further from fresh objects than ours": ("to photos", "to reconstructions", "pixels"),
     "Memorisation": ("d1", "copies", "Z_U", "copies, shapes", "Z_U, shapes", "closest two of 64"),
+    "Neatness": ("in pieces", "haze", "colours", "outside"),
     "Factors": ("training cells", "other cells", "in other cells")}
 PERCENT = ("1-NNA", "1-NNA, decoded", "COV", "copies", "copies, shapes", "training cells", "other cells",
-           "in other cells")
+           "in other cells", "in pieces")
 
 
 def compared(rows):
@@ -272,7 +241,7 @@ def shown(name, number):
     if number is None:
         return "-"
     scale = 100 if name in PERCENT else 1000 if name == "MMD" else 1
-    digits = 1 if scale == 100 or name in ("d1", "closest two of 64") else 2
+    digits = 1 if scale == 100 or name in ("d1", "closest two of 64") else 4 if name == "haze" else 2
     value, deviation = number
     if abs(value) > 1e4:                                           # noise, by the distance of pictures
         return f"{value:.0e}"
@@ -290,7 +259,8 @@ def plot_rows(rows, path):
     rows = {name: row for name, row in rows.items() if name != "noise"}               # far off any scale
     names = [name for name in ("1-NNA, decoded", "Z_U, shapes", "to photos", "to reconstructions")
              if any(name in row for row in rows.values())] or ["d1"]
-    figure, axes = new_figure(1, len(names), figsize=(3 * len(names), 3.2), sharey=True, squeeze=False)
+    figure = Figure(figsize=(3 * len(names), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names):
         for k, row in enumerate(rows.values()):
             if name in row:
@@ -302,7 +272,7 @@ def plot_rows(rows, path):
             axis.set_xscale("symlog", linthresh=0.2)
             axis.set_xticks([0, 0.1, 1], ["0", "0.1", "1"])
     axes[0, 0].set_yticks([-k for k in range(len(rows))], list(rows))
-    save_figure(figure, path)
+    save_figure(path, figure)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -330,7 +300,8 @@ def read_sets(reader, sets, fresh, control, cells):
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
-    at_least(config, count=4, points=1, fits=4, readings=32, reader_steps=1, reconstructions=0, bootstrap=2)
+    out = Path(config.out)
+    save_json(out / "config.json", asdict(config))           # if --out cannot be written, say so now
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
     cells, count, unseen = training_cells(names, model.config.data), config.count, None
@@ -338,7 +309,7 @@ def main(argv=None):
         # Three sets of fresh objects: to compare with, to be compared, and to fit codes to (the first, so
         # that they are the same for any count)
         n = config.fits
-        run = Run(config.cache, config, ("seed", "readings", "reader_steps"), name="fresh.json")
+        run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
         run.lock.close()                   # two evaluations may share it: they make the same, file by file
         reader = train_reader(config, run, device)
         numbers = range(n + 2 * count)
@@ -359,7 +330,9 @@ def main(argv=None):
         shape = chamfer(some["points"], training["points"]).sqrt()
         shape = shape.fill_diagonal_(math.inf) if some is training else shape
         some["shape to training"] = shape.sort(1).values
-        some["to training"] = nearest(some["latents"], training["latents"], some is training)[0].cpu()
+        distance, whose = nearest(some["latents"], training["latents"], some is training)
+        some["to training"] = distance.cpu()
+        some["whose"] = torch.arange(len(whose)) if some is training else whose[:, 0].cpu()
     if cells:
         remark = read_sets(reader, sets, fresh, control, cells)
     else:
@@ -383,29 +356,12 @@ def main(argv=None):
                           for column in columns)]
                  for name, row in some.items() if row.keys() & set(columns) or name == "ours"]
         text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
-    pictures = []
-    if config.reconstructions:
-        lines, pictures = reconstruction_rows(model, names, config, device)
-        if pictures:
-            text.append(markdown("Reconstruction", ("", *RECONSTRUCTION), lines))
-            save_preview(Path(config.out, "worst.png"), torch.cat(pictures, 1))
     print("\n" + "\n".join(text))
-
-    out = Path(config.out)
-    for file, content in (("tables.md", "\n".join(text)),
-                          ("tables.json", json.dumps({"config": asdict(config), "rows": rows, "more": more},
-                                                     indent=1))):
-        with atomic_file(out / file) as temporary:
-            temporary.write_text(content)
+    save_text(out / "tables.md", "\n".join(text))
+    save_json(out / "tables.json", {"config": asdict(config), "rows": rows, "more": more})
     plot_rows(rows, out / "figure.png")
-    few = {name: render_views(model, sets[name]["latents"][:most], cameras(ANGLES), 64)
-           for name, most in (("ours", 16), ("training objects", len(names)))}
-    measured = measure_samples(sets["ours"]["latents"][:16], training["latents"], few["ours"])
-    seeds = range(config.seed, config.seed + 16)
-    save_picture(out / "nearest.png",
-                 contact_sheet(few["ours"], measured, seeds, few["training objects"], names))
-    print(f"wrote {out}: tables.md, tables.json, figure.png, nearest.png" + ", worst.png" * bool(pictures))
+    print(f"wrote {out}: tables.md, tables.json, figure.png")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -20,23 +20,24 @@ import os
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from shapes import earphones
 from autodecoder import Config as Stage1
 from autodecoder import fit_codes
-from common import atomic_file, load_checkpoint, to_bytes
+from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint, save_checkpoint,
+                    to_bytes)
 from diffusion import fingerprint
+from render_shapenet import worker_setup
+from shapes import earphones
 from shapes.meshes import load_obj
 from shapes.photos import Photos, read_photos
-from shapes.rasterizer import camera_to_world_at, intrinsics_at, rasterize, to_world
-from render_shapenet import worker_setup
-from views import cameras
-from volume_render import camera_rays
+from shapes.rasterizer import rasterize, to_world
+from volume_render import camera_rays, cameras
 
 PIXELS = 64
 # The corners of a dodecahedron, all around, in such an order that the first four (to compare by) and the
@@ -47,6 +48,23 @@ FIRST = (6, 14, 0, 15, 18, 2, 3, 4)
 AROUND = [CORNERS[k] for k in (*FIRST, *(k for k in range(20) if k not in FIRST))]
 FACTORS = {"kind": earphones.KINDS, "palette": tuple(earphones.PALETTES), "part": earphones.PARTS}
 CELLS = math.prod(len(values) for values in FACTORS.values())
+
+
+def kept(file, ingredients, make, enough=lambda content: True):
+    """make(), or what it returned last time, from `file`: if it was made of the same ingredients, and is
+    enough.  A cache that does not name what made it answers yesterday's question."""
+    recipe = digest(ingredients)
+    if file.exists():
+        try:
+            state = load_checkpoint(file)
+            if state.get("recipe") == recipe and enough(state["content"]):
+                return state["content"]
+            print(f"{file} is of other objects, settings or another model: making it again", flush=True)
+        except UserError as error:
+            print(f"{error}: making it again", flush=True)
+    content = make()
+    save_checkpoint(file, {"recipe": recipe, "content": content})
+    return content
 
 
 # ----------------------------------------------------------------------------------------- seeing objects
@@ -89,24 +107,25 @@ def see_object(split, index, seed, views, points):
 
 def see_objects(file, split, numbers, config, views, points, run):
     """The same of many objects of a split (a range of numbers), by all cores, kept for the next time"""
-    if file.exists():
-        kept = load_checkpoint(file)
-        if len(kept["rgb"]) >= len(numbers) and kept["points"].shape[1] >= points:
-            kept["points"] = kept["points"][:, :points]
-            return {key: value[:len(numbers)] for key, value in kept.items()}
-    work = [(split, index, config.seed, views, points) for index in numbers]
-    rows, workers = [], min(os.cpu_count(), len(numbers))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
-    try:
-        for one in pool.map(see_object, *zip(*work), chunksize=4):
-            rows.append(one)
-            run.progress(f"{split} objects", len(rows), len(numbers))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    seen = {key: torch.stack([torch.from_numpy(one[key]) for one in rows]) for key in rows[0]}
-    with atomic_file(file) as temporary:
-        torch.save(seen, temporary)
-    return seen
+    def make():
+        work = [(split, index, config.seed, views, points) for index in numbers]
+        rows, workers = [], min(os.cpu_count(), len(numbers))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
+        try:
+            for one in pool.map(see_object, *zip(*work), chunksize=4):
+                rows.append(one)
+                run.progress(f"{split} objects", len(rows), len(numbers))
+        except BrokenProcessPool:
+            raise UserError("a worker process died, perhaps because memory ran out: run it again") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return {key: torch.stack([torch.from_numpy(one[key]) for one in rows]) for key in rows[0]}
+
+    # More objects, or more points on each, will do as well
+    enough = lambda seen: len(seen["rgb"]) >= len(numbers) and seen["points"].shape[1] >= points
+    seen = kept(file, ["objects", split, numbers[0], config.seed, views], make, enough)
+    seen["points"] = seen["points"][:, :points]
+    return {key: value[:len(numbers)] for key, value in seen.items()}
 
 
 # ---------------------------------------------------------------------------------------- reading the factors
@@ -142,12 +161,17 @@ def blurred(rgb, side):
 
 def train_reader(config, run, device):
     """Trained on photos, now sharp, now blurred: it must read renderings, which are blurred, by the object"""
-    file = run.folder / "reader.pt"
+    ingredients = ["reader", config.seed, config.readings, config.reader_steps]
+    reader = Reader().to(device)
+    make = lambda: teach_reader(config, run, device)
+    reader.load_state_dict(kept(run.folder / "reader.pt", ingredients, make))
+    return reader.eval().requires_grad_(False)
+
+
+def teach_reader(config, run, device):
+    """-> the weights of a trained reader"""
     torch.manual_seed(config.seed)
     reader = Reader().to(device)
-    if file.exists():
-        reader.load_state_dict(load_checkpoint(file))
-        return reader.eval().requires_grad_(False)
     # The test split holds objects of every cell; the first of it are those of stage 0's test folder
     numbers = range(72, 72 + config.readings)
     seen = see_objects(run.folder / "readings.pt", "test", numbers, config, 4, 0, run)
@@ -168,9 +192,7 @@ def train_reader(config, run, device):
         loss.backward()
         optimizer.step()
         run.progress("reader", step + 1, config.reader_steps, f"loss {loss.item():.3f}")
-    with atomic_file(file) as temporary:
-        torch.save(reader.state_dict(), temporary)
-    return reader.eval().requires_grad_(False)
+    return reader.state_dict()
 
 
 @torch.no_grad()
@@ -216,14 +238,13 @@ def held_out_codes(model, config, unseen, device):
     else:
         return None
     N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
-    file = Path(config.cache, f"fits_{fingerprint(model):.4f}.pt")
-    if file.exists() and len(load_checkpoint(file)) >= N:
-        return load_checkpoint(file)[:N].to(device)
-    print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
-    codes = fit_codes(model, photos, views, Stage1(fit_steps=config.fit_steps), device)
-    with atomic_file(file) as temporary:
-        torch.save(codes.cpu(), temporary)
-    return codes
+    def make():
+        print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
+        return fit_codes(model, photos, views, Stage1(fit_steps=config.fit_steps), device).cpu()
+    # The first photo of each object tells other objects
+    which = fingerprint(model)
+    ingredients = ["codes", which, config.fit_steps, len(views), photos.names, photos.rgb[:, 0]]
+    return kept(Path(config.cache, f"fits_{which[:12]}.pt"), ingredients, make).to(device)
 
 
 def unseen_photos(config, model):

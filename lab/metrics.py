@@ -1,8 +1,8 @@
 """
 The numbers: of a picture, of a shape, of two sets of either.  Each is a function of tensors alone; what they
-mean, and what to compare them with, stands in evaluate.py.
+mean, and what to compare them with, stands in README.md.
 
-read psnr, outside_span, chamfer, one_nna, z_u, kernel_distance.
+read largest_piece, chamfer, one_nna, z_u, kernel_distance.
 """
 import math
 
@@ -11,13 +11,6 @@ import torch.nn.functional as F
 
 
 # ------------------------------------------------------------------------------------- one picture, one shape
-
-def psnr(picture, truth, mask=None):
-    """dB; over the pixels of a mask alone, if there is one.  Of many pictures average these, not errors."""
-    error = (picture - truth).square().mean(-1)
-    error = error[mask] if mask is not None else error
-    return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
-
 
 def largest_piece(solid):
     """(D,H,W) bool -> the share of True voxels in the largest piece that hangs together (by corners too)"""
@@ -48,26 +41,6 @@ def colour_residual(rgb, alpha, count=4):
         means = torch.stack([colours[which == k].mean(0) if (which == k).any() else means[k]
                              for k in range(count)])
     return torch.cdist(colours, means).min(1).values.square().mean().sqrt().item()
-
-
-# ------------------------------------------------------------------------------------------ sets of latents
-
-def outside_span(latents, training):
-    """(B,...), (N,...) -> (B,): the share of each one's norm, about the training mean, that no sum of
-    training latents gives"""
-    mean = training.mean(0)
-    span = torch.linalg.svd((training - mean).flatten(1), full_matrices=False)[2][:len(training) - 1]
-    x = (latents - mean).flatten(1)
-    return (x - x @ span.T @ span).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)
-
-
-def nearest(latents, training, itself=False):
-    """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
-    exact = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
-    if itself:                                                     # training latents, each to the others
-        distance.fill_diagonal_(math.inf)
-    return distance.sort(1)
 
 
 # --------------------------------------------------------------------------------------------- sets of shapes
@@ -125,12 +98,6 @@ def z_u(samples, unseen, weight_a=None, weight_b=None):
 def once(objects, weight):
     """How often each counts, (T,N): each once, unless it is said"""
     return torch.ones(1, len(objects), dtype=torch.float64) if weight is None else weight
-
-
-def copies(to_training):
-    """Distances (S,T), not their squares -> (S,) bool: nearest under a third as far as the second nearest"""
-    first, second = to_training.topk(2, largest=False).values.T
-    return first < second / 3
 
 
 def mean_kernel(kernel, a, b, weight_a=None, weight_b=None):

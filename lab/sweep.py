@@ -3,12 +3,8 @@ Many small runs: what does each choice change?  Every run is stages 1 and 2 at a
 minutes, and evaluate.py's numbers; a figure and a table are made of what is done.
 
     objects         8, 32, 72, 256 training objects: when does it stop copying?
-    normalization   none, mean-std, robust global, robust per channel: of the latents, before the diffusion
     latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
-    denoiser        MLP and U-Net of equal parameters
     mix             the share of mixtures in a batch: 0, 0.25, 0.5 (which all other sweeps have), 1
-    code            stage 1 with noise on the latents and a penalty on foggy mixtures, on and off: judged by
-                    what stage 2 makes of its latents
 
 out  runs/sweep/NAME/     table.md, figure.png; in stage1/ and stage2/ beside it a folder for each run
 run  python -m lab.sweep mix                 the same command again goes on where it stopped
@@ -21,11 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 import autodecoder
 import diffusion
-from lab import evaluate
 import render_shapenet
-from common import Run, UserError, atomic_file, new_figure, parse_config, save_figure
+from common import Run, UserError, command, parse_config, save_figure, save_text
+from lab import evaluate
 
 
 @dataclass
@@ -47,14 +45,9 @@ class Config:
 # For each choice a label, stage 1's flags and stage 2's
 SWEEPS = {
     "objects": [(str(n), {} if n == 72 else dict(objects=n), {}) for n in (8, 32, 72, 256)],
-    "normalization": [(how, {}, dict(normalization=how) if how != "robust" else {})
-                      for how in ("none", "meanstd", "robust_global", "robust")],
-    "latent": [("4", dict(latent_resolution=4, channels="64,64,32"), {}), ("8", {}, {}),
-               ("16", dict(latent_resolution=16, channels="32"), {})],
-    "denoiser": [("mlp", {}, {}), ("unet", {}, dict(denoiser="unet", channels="60,120", batch=16))],
+    "latent": [("4", dict(latent_resolution=4, channels=(64, 64, 32)), {}), ("8", {}, {}),
+               ("16", dict(latent_resolution=16, channels=(32,)), {})],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],
-    "code": [("plain", {}, {}), ("noise", dict(latent_noise=0.1), {}),
-             ("penalty", dict(mixture_penalty=0.1), {})],
 }
 COLUMNS = ("1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
            "Z_U", "Z_U, shapes", "in other cells")
@@ -62,7 +55,8 @@ PLOTTED = ("copies", "Z_U", "Z_U, shapes", "1-NNA", "to photos")
 
 
 def arguments(**flags):
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    listed = lambda value: value if isinstance(value, tuple) else [value]
+    return [word for name, value in flags.items() for word in (f"--{name}", *map(str, listed(value)))]
 
 
 def one_run(config, first, second, seed):
@@ -82,7 +76,7 @@ def one_run(config, first, second, seed):
                                      **second))
         numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "cache")}
         evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
-                                                   reconstructions=0, **numbers)])
+                                                   **numbers)])
     row = json.loads(tables.read_text())["rows"]
     held = [json.loads(line) for line in open(stage1 / "log.jsonl")]
     return {"PSNR": [row["heldout"] for row in held if "heldout" in row][-1], **row["ours"]}
@@ -96,10 +90,11 @@ def main(argv=None):
         raise UserError(f"which sweep?  python -m lab.sweep NAME, where NAME is one of {', '.join(SWEEPS)}")
     # Runs of other sizes do not belong in the same figure
     recipe = ("data", "steps1", "steps2", "count", "points", "fits", "stages")
-    Run(config.out, config, recipe, name="sweep.json").lock.close()
+    with Run(config.out, "sweep", config, recipe, "sweep.json", stale=()):
+        pass
     if not Path(config.data).exists():
         print(f"{config.data} is not there: making 256 objects first")
-        render_shapenet.main(arguments(out=config.data, objects=256, val_objects=0, test_objects=0))
+        render_shapenet.main(arguments(out=config.data, objects=256, test_objects=0))
     began, rows = time.time(), []
     for seed in range(config.seeds):
         for label, first, second in SWEEPS[name]:
@@ -118,10 +113,10 @@ def report(folder, name, rows):
     lines = [[label, f"{row['PSNR']:.2f}", *(evaluate.shown(column, row.get(column)) for column in columns)]
              for label, row in rows]
     text = evaluate.markdown(name, head, lines)
-    with atomic_file(folder / "table.md") as temporary:
-        temporary.write_text(text)
+    save_text(folder / "table.md", text)
     plotted = [column for column in PLOTTED if column in columns]
-    figure, axes = new_figure(1, len(plotted), figsize=(2.6 * len(plotted), 2.8), squeeze=False)
+    figure = Figure(figsize=(2.6 * len(plotted), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(plotted), squeeze=False)
     labels = list(dict.fromkeys(label for label, _ in rows))
     for axis, column in zip(axes[0], plotted):
         for label, row in rows:
@@ -134,9 +129,9 @@ def report(folder, name, rows):
             axis.set_ylim(-3, 103)
         axis.set(title=f"{column}, %" if column in evaluate.PERCENT else column, xlabel=name)
         axis.margins(x=0.2)
-    save_figure(figure, folder / "figure.png")
+    save_figure(folder / "figure.png", figure)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

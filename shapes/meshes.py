@@ -29,10 +29,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import UserError, decode
+from common import UserError
+from shapes.photos import as_8bit
 
 MAX_BYTES = 500_000_000        # of one file, and
 MAX_FACES = 5_000_000         # triangles of one mesh: beyond these it is not a ShapeNet model but an accident
+MAX_POINTS = 5_000_000         # vertices of one mesh, and texture coordinates: a gigabyte while they are read
+MAX_LIBRARIES = 100            # material files of one mesh
+MAX_TEXELS = 1 << 26           # of all textures of one mesh, 200 MB: for the others the plain colour Kd
 MAX_PIXELS = 8192 * 8192       # of a texture, read from its header before anything is decoded
 MAX_SIDE = 512            # larger textures are box-filtered down to this: at 128 px the rest would only alias
 GREY = (0.5, 0.5, 0.5)         # a face without a material, or a material without a Kd (as in PyTorch3D)
@@ -66,9 +70,10 @@ def load_obj(path):
     vertices, uvs, corners, corner_uvs, material_names, libraries = read_obj(path, notes)
 
     materials = {}
-    for line in dict.fromkeys(libraries):
+    for line in list(dict.fromkeys(libraries))[:MAX_LIBRARIES]:
         whole = find(line, path.parent, folder, notes)
-        for name in [line] if whole else line.split():          # one name with spaces in it, or several names
+        # One name with spaces in it, or several names
+        for name in [line] if whole else line.split()[:MAX_LIBRARIES]:
             file = whole or find(name, path.parent, folder, notes)
             if file is None:
                 note(notes, f"material file {short(name)} is missing")
@@ -78,14 +83,19 @@ def load_obj(path):
     # Two entries a material, its texture and its plain Kd: a face without texture
     # coordinates takes the second
     names = sorted(set(material_names), key=lambda name: name or "")
-    textures, opened = [], {}
+    textures, opened, texels = [], {}, 0
     for name in names:
         if name is not None and name not in materials:
             note(notes, f"material {short(name)} is in no material file: grey")
         kd, texture = materials.get(name, (GREY, None))
         plain = np.uint8(np.round(np.clip(kd, 0, 1) * 255)).reshape(1, 1, 3)
         if texture and texture not in opened:
-            opened[texture] = read_texture(texture, path.parent, folder, notes)
+            opened[texture] = None
+            if texels >= MAX_TEXELS:
+                note(notes, "more textures than fit into 200 MB: their Kd instead")
+            else:
+                opened[texture] = read_texture(texture, path.parent, folder, notes)
+            texels += 0 if opened[texture] is None else opened[texture].size // 3
         image = opened[texture] if texture else None
         textures += [plain if image is None else image, plain]
     number = {name: 2 * k for k, name in enumerate(names)}
@@ -158,6 +168,8 @@ def read_obj(path, notes):
     faces, out_of_range, too_few, material = 0, 0, 0, -1
     for words in read_lines(path):
         keyword = words[0]
+        if max(len(vertices), len(uvs)) > MAX_POINTS:
+            raise UserError(f"{path} has more than {MAX_POINTS:,} vertices: not a model for this")
         if keyword == "v":
             vertices.append([number(word) for word in words[1:4]] if len(words) > 3 else [math.nan] * 3)
         elif keyword == "vt":
@@ -295,15 +307,23 @@ def match_case(path, parts):
         exact = path.parent if part == ".." else path / part
         try:
             if not exact.exists():
-                plain = lambda text: unicodedata.normalize("NFC", text).lower()
-                alike = (entry for entry in sorted(path.iterdir()) if plain(entry.name) == plain(part))
-                exact = next(alike, None)
+                exact = listing(path, path.stat().st_mtime_ns).get(plain(part))
         except OSError:                              # a part that is no folder, or a name that is too long
             return None
         if exact is None:
             return None
         path = exact
     return path if path.is_file() else None
+
+
+def plain(text):
+    return unicodedata.normalize("NFC", text).lower()
+
+
+@functools.lru_cache(16)                             # thousands of names may be looked for in one folder
+def listing(folder, changed):
+    """-> {name in lower case: entry}, the first of several that differ in case"""
+    return {plain(entry.name): entry for entry in sorted(folder.iterdir(), reverse=True)}
 
 
 def read_texture(name, beside, folder, notes):
@@ -318,7 +338,7 @@ def read_texture(name, beside, folder, notes):
                 size = f"{image.width} x {image.height}"
                 note(notes, f"texture {short(name)} is {size}: too large, its Kd instead")
                 return None
-            image = decode(image, "RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+            image = as_8bit(image, "RGBA" if "transparency" in image.info else "RGB").convert("RGB")
             if max(image.size) > MAX_SIDE:
                 image = image.reduce(-(-max(image.size) // MAX_SIDE))
             return np.array(image)

@@ -10,12 +10,14 @@ load_photos reads theirs:
 Other people's data is never quite as announced: each reader checks what it reads, and says in one sentence
 which file is wrong, and how.
 
-read write_view, load_photos, read_pose, Photos.
+read write_view, load_photos, read_pose, Photos, atomic_folder.
 """
 import json
 import math
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import UserError, atomic_file, decode
+from common import UserError, atomic_file
 
 
 # ------------------------------------------------------------------------------------------------------ write
+
+@contextmanager
+def atomic_folder(path):
+    """Fill the folder given; it then takes its name.  What an interruption leaves is hidden (.name.tmp), so
+    that readers pass it by, and is cleared by the next try.  A folder that is replaced steps aside first
+    (.name.old), because two renames are not one: a kill between them must not lose both."""
+    path = Path(path)
+    temporary, aside = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    try:
+        if aside.exists() and not path.exists():
+            os.rename(aside, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            os.rename(path, aside)
+        os.rename(temporary, path)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
 
 def write_intrinsics(folder, K, size):
     """The one file, and the three folders, of an object in the SRN layout"""
@@ -87,7 +113,7 @@ def load_photos(folder, size, objects=0):
     if (folder / "rgb").is_dir():
         raise UserError(f"{folder} is a single object: give the folder that holds it, "
                         f"{folder.resolve().parent}")
-    found = [entry for entry in visible(folder) if (entry / "rgb").is_dir()][:objects or None]
+    found = [entry for entry in visible(folder) if holds_photos(entry)][:objects or None]
     if not found:
         raise UserError(f"{folder} holds no photos: <object>/rgb/*.png, <object>/pose/*.txt and "
                         "<object>/intrinsics.txt wanted")
@@ -102,6 +128,14 @@ def load_photos(folder, size, objects=0):
     masks = None if any(mask is None for mask in masks) else torch.from_numpy(np.stack(masks))
     return (torch.from_numpy(np.stack(photos)), masks, torch.from_numpy(np.stack(poses)),
             torch.from_numpy(np.stack(intrinsics)), [entry.name for entry in found])
+
+
+def holds_photos(entry):
+    try:
+        return (entry / "rgb").is_dir() and os.listdir(entry / "rgb") is not None
+    except OSError as error:                                  # one that may not be read: go on without it
+        print(f"{entry} cannot be read ({error.strerror}): left out")
+        return False
 
 
 def visible(folder):
@@ -179,6 +213,13 @@ def read_intrinsics(path, size):
     return np.array([[f, 0, cx], [0, f, cy], [0, 0, 1]], np.float32)
 
 
+def as_8bit(image, mode):
+    """A PIL image as 8 bits a channel in `mode`.  Pillow itself would clip 16-bit greys to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
+
+
 def open_picture(path, mode):
     """-> a square PIL image in `mode`, or in RGBA where it has transparency."""
     try:
@@ -187,7 +228,7 @@ def open_picture(path, mode):
         with Image.open(path, formats=["PNG", "JPEG"]) as image:
             square = image.width == image.height <= 8192                # looked at before anything is decoded
             transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
-            picture = decode(image, "RGBA" if transparent else mode) if square else None
+            picture = as_8bit(image, "RGBA" if transparent else mode) if square else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read ({error})") from None
     if not square:
@@ -228,11 +269,30 @@ class Photos:
         self.mask = mask if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
         flat = self.mask.flatten(0, 1)[:, None].float()                            # (BV,1,H,W)
         near = F.max_pool2d(flat, 5, 1, 2).view(*self.mask.shape[:2], -1) > 0      # (B,V,HW)
-        self.near = near.flatten().nonzero()[:, 0] % size ** 2                     # pixels, photo after photo
+        pixels = near.flatten().nonzero()[:, 0] % size ** 2                        # photo after photo
+        self.near = F.pad(pixels, (0, 1))                                          # one more: never empty
         self.near_count = near.sum(-1)                                             # (B,V)
         self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
+
+    def pixel_near(self, o, view, u):
+        """u in [0, 1) -> in photo `view` of object o, the pixel at share u of those near the object; and
+        whether there are any"""
+        count = self.near_count[o, view]
+        place = self.near_start[o, view] + (u * count).long()
+        return self.near[place], count > 0
 
 
 def read_photos(folder, size, objects=0):
     """The first `objects` of a folder, or all"""
     return Photos(*load_photos(folder, size, objects))
+
+
+def kinds_of(folder, names):
+    """A label for each object where the data has one: our earphones' kind"""
+    kinds = []
+    for name in names:
+        try:
+            kinds.append(str(json.loads(Path(folder, name, "factors.json").read_text())["kind"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):       # not ours, or broken
+            kinds.append("objects")
+    return kinds

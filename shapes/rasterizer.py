@@ -1,5 +1,5 @@
 """
-Of stage 0: where a point of the world lands in a picture, and which surface is seen there.
+Where a point of the world lands in a picture, and which surface is seen there: stage 0's rasteriser.
 
 A camera, in OpenCV's axes:
 
@@ -10,7 +10,7 @@ The rasteriser turns each triangle into *spans*: the runs of pixels that one row
 with it.  All rows of all faces are cut at once, then all pixels of all spans are written at once, so that
 its cost follows the faces and the pixels that they cover, never their product.
 
-read camera_to_world_at, opencv_from_pytorch3d, rasterize, visible_faces, z_buffers, resolve.
+read to_world, rasterize, visible_faces, z_buffers, resolve.
 """
 import functools
 import math
@@ -26,7 +26,7 @@ NEAR = 1e-3             # faces that reach behind this depth are dropped: our ca
 SPAN_PIXELS = 1 << 22              # pixels written at once, which bounds the memory: about 200 MB
 
 
-# ---------------------------------------------------------------------------------------------------- cameras
+# ------------------------------------------------------------------------------------------------------ world
 
 def to_world(mesh):
     """ShapeNet's Y-up mesh in the project's world, and the 4x4 that took it there: (x, y, z) -> (x, -z, y),
@@ -41,45 +41,6 @@ def to_world(mesh):
     transform[:3, :3] = turn / diagonal
     transform[:3, 3] = -(low + high) / 2 / diagonal
     return replace(mesh, vertices=mesh.vertices @ transform[:3, :3].T + transform[:3, 3]), transform
-
-
-def camera_to_world_at(azimuth, elevation, distance):
-    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin with the world's Z
-    upwards in its picture."""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    outward = [math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)]
-    position = distance * torch.tensor(outward, dtype=torch.float64)
-    forward = -position / position.norm()
-    right = torch.tensor([-math.sin(a), math.cos(a), 0.0], dtype=torch.float64)   # by azimuth alone: no poles
-    pose = torch.eye(4, dtype=torch.float64)
-    pose[:3, :] = torch.stack([right, torch.linalg.cross(forward, right), forward, position], -1)
-    return pose
-
-
-def opencv_from_pytorch3d(R, T):
-    """PyTorch3D's camera (...,3,3), (...,3) -> camera_to_world (...,4,4) in OpenCV's axes.
-
-    PyTorch3D multiplies rows, X_camera = X_world R + T, and its camera looks along +Z with +X left and +Y up.
-    OpenCV's has +X right and +Y down: its x and y are the negatives of PyTorch3D's.  With F =
-    diag(-1, -1, 1), and in columns,
-
-        x_cv = F (R^T x + T)          so   R_cv = F R^T = (R F)^T,   t_cv = F T:
-
-    negate the first two *columns* of R, then transpose; negate the first two entries of T.  Inverted, for
-    camera to world: x = R_cv^T (x_cv - t_cv), that is the rotation R F and the position -R F F T = -R T."""
-    R = torch.as_tensor(R)
-    T = torch.as_tensor(T, dtype=R.dtype, device=R.device)
-    pose = torch.zeros(*R.shape[:-2], 4, 4, dtype=R.dtype, device=R.device)
-    pose[..., :3, :3] = R * torch.tensor([-1.0, -1.0, 1.0], dtype=R.dtype, device=R.device)
-    pose[..., :3, 3] = -(R @ T[..., None])[..., 0]
-    pose[..., 3, 3] = 1
-    return pose
-
-
-def intrinsics_at(size, focal=131.25):
-    """(3,3) float64: `focal` is in pixels at 128 px (SRN's by default), the picture's centre on the axis."""
-    f = focal * size / 128
-    return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------- rasteriser
@@ -220,8 +181,8 @@ def surface_colour(mesh, face, bary):
     """faces (P,), weights of their corners (3,P) -> (P,3) float32: the texture,
     bilinear, texel centres at +0.5.
 
-    Coordinates outside [0, 1] repeat; the filter stops at the texture's edge, lest an atlas
-    bleed from its far side."""
+    Coordinates outside [0, 1] repeat; the filter stops at the texture's edge, because
+    an atlas would bleed from its far side."""
     uvs = mesh.uvs.index_select(0, face).permute(2, 1, 0)                               # (2,3,P)
     u, v = sum(uvs[0] * bary), sum(uvs[1] * bary)
     repeat = lambda t: torch.where((t - 0.5).abs() <= 0.5 + 1e-6, t, t - t.floor())

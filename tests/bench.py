@@ -22,13 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import autodecoder
-from viewer import page
 import render_shapenet as stage
-from viewer.isosurface import mesh_of
+from common import camera_to_world_at, intrinsics_at
 from shapes.meshes import Mesh, load_obj
-from lab.metrics import psnr as psnr_of
 from shapes.photos import read_photos
-from views import decode
+from viewer import page
+from viewer.isosurface import mesh_of
 from volume_render import camera_rays, occupancy, render, voxel_field
 
 
@@ -69,14 +68,14 @@ def report(mesh, supersample, milliseconds):
 def render_rows():
     """128 x 128 rays of 64 samples through a trained 64^3 volume; of three views the mean"""
     with tempfile.TemporaryDirectory() as folder:
-        autodecoder.main("--objects 1 --size 128 --channels 64,32,16 --steps 1000 --preview_every 1000 "
+        autodecoder.main("--objects 1 --size 128 --channels 64 32 16 --steps 1000 --preview_every 1000 "
                          f"--rays 4096 --out {folder}".split())
         model, _ = autodecoder.load_autodecoder(folder)
-    volume = decode(model, model.codes[0], torch.device("cpu"))
-    K = stage.intrinsics_at(128, 131.25).float()[None]
+    volume = model.volumes_of(model.codes[:1])
+    K = intrinsics_at(128, 131.25).float()[None]
     times, worst_image, worst_gradient = [], math.inf, 1.0
     for azimuth, elevation in ((215, 25), (100, 0), (340, -30)):
-        pose = stage.camera_to_world_at(azimuth, elevation, 1.3).float()[None]
+        pose = camera_to_world_at(azimuth, elevation, 1.3).float()[None]
         origins, directions = camera_rays(pose, K, 128)
 
         def forward(skip, volume=volume):
@@ -108,9 +107,8 @@ def export_rows(folder):
     torch.set_num_threads(1)
     model, names = autodecoder.load_autodecoder(folder)
     photos = read_photos(model.config.data, model.config.size, len(names))
-    cpu = torch.device("cpu")
     chosen = np.linspace(0, len(names) - 1, min(9, len(names))).round().astype(int).tolist()
-    volumes = [decode(model, model.codes[o], cpu) for o in chosen]
+    volumes = [model.volumes_of(model.codes[o:o + 1]) for o in chosen]
     large = torch.nn.functional.interpolate(volumes[0], size=(64,) * 3, mode="trilinear")
     seconds = best(lambda: mesh_of(model, large, 64), 5) / 1e3
     faces = mesh_of(model, large, 64)[1]
@@ -124,7 +122,7 @@ def export_rows(folder):
     # Held-out views, from the volume, from what the page stores, and from the same without the 8 bits
     psnr = {}
     for o, volume in zip(chosen, volumes):
-        finer = {f"baked at {n}^3": page.bake_for_page(model, volume, n)
+        finer = {f"baked at {n}^3": page.bake_for_page(volume, n)
                  for n in (volume.shape[-1], 2 * volume.shape[-1])}
         stored = {f"{name}, in 8 bits": page.unpack(page.pack(baked)) for name, baked in finer.items()}
         for v in (-1, -2, -3, -4):
@@ -134,7 +132,7 @@ def export_rows(folder):
             pictures = {"volume": seen(volume, model.field)}
             pictures |= {name: seen(baked[None], voxel_field) for name, baked in (finer | stored).items()}
             for name, picture in pictures.items():
-                pair = psnr_of(picture, truth), psnr_of(picture, pictures["volume"])
+                pair = autodecoder.psnr(picture, truth), autodecoder.psnr(picture, pictures["volume"])
                 psnr.setdefault(name, []).append(pair)
     for name, pairs in psnr.items():
         to_photo, to_volume = np.mean(pairs, 0)
@@ -156,10 +154,10 @@ def mesh_to_truth(model, name, volume):
 
 def visible_points(mesh, cameras=20, count=6000):
     """Points that cameras all around see, from their depth maps -> (count,3), a fixed draw of them"""
-    K, points = stage.intrinsics_at(128, 131.25), []
+    K, points = intrinsics_at(128, 131.25), []
     for k in range(cameras):                                       # a spiral from pole to pole
         elevation = math.degrees(math.asin(1 - (2 * k + 1) / cameras))
-        pose = stage.camera_to_world_at(137.508 * k, elevation, 1.3)
+        pose = camera_to_world_at(137.508 * k, elevation, 1.3)
         depth = stage.rasterize(mesh, pose, K, 128)[2].view(-1).double()
         origins, directions = camera_rays(pose, K, 128)
         points.append((origins + depth[:, None] * directions)[depth.isfinite()])
@@ -175,7 +173,7 @@ def main():
     headphone = load_obj(golden / "ShapeNetCore.v2/03261776/golden_headphone/models/model_normalized.obj")
     views = np.load(golden / "golden_headphone.npz")
     poses = stage.opencv_from_pytorch3d(views["R"], views["T"])
-    pose, K = stage.camera_to_world_at(30, 20, 1.3), stage.intrinsics_at(128, 131.25)
+    pose, K = camera_to_world_at(30, 20, 1.3), intrinsics_at(128, 131.25)
     for supersample in (1, 2):
         each = [best(lambda: stage.rasterize(headphone, poses[k], views["K"][k], 128, supersample))
                 for k in range(6)]

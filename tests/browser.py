@@ -55,7 +55,7 @@ class Browser:
         self.loaded |= method == "Page.loadEventFired"
         return found
 
-    def call(self, method, timeout=60, **params):
+    def call(self, method, timeout=240, **params):
         self.number += 1
         order = {"id": self.number, "method": method, "params": params}
         if self.session:
@@ -75,7 +75,7 @@ class Browser:
         self.call("Page.navigate", url="about:blank")                 # so that another fragment is a new page
         self.loaded = False
         self.call("Page.navigate", url=url)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not self.loaded:
             self.message(until)
 

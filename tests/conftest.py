@@ -21,7 +21,7 @@ def data(tmp_path_factory):
     """Three small earphones to train on and two to test on"""
     import render_shapenet
     out = tmp_path_factory.mktemp("data")
-    render_shapenet.main(["--out", str(out), "--objects", "3", "--val_objects", "0", "--test_objects", "2",
+    render_shapenet.main(["--out", str(out), "--objects", "3", "--test_objects", "2",
                           "--views", "4", "--holdout_views", "2", "--size", "32", "--workers", "1"])
     return out
 

@@ -16,8 +16,6 @@ from PIL import Image
 
 import autodecoder as stage
 import common
-import decoder
-from lab import metrics
 import volume_render
 from common import UserError
 from conftest import SMOKE, train
@@ -27,83 +25,41 @@ ROOT = Path(__file__).parent.parent
 # ---- the model ----
 
 @pytest.mark.parametrize("change, latent, volume", [
-    ({}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
-    ({"latent_resolution": 4}, (2, 16, 4, 4, 4), (2, 4, 8, 8, 8)),
-    ({"latent_resolution": 16, "channels": "16"}, (2, 16, 16, 16, 16), (2, 4, 16, 16, 16)),
-    ({"latent": "grid"}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
-    ({"children": 2, "channels": "16"}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
-    ({"attention": True, "blocks": 2}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
-    ({"coordinates": True}, (2, 16, 8, 8, 8), (2, 4, 16, 16, 16)),
-    ({"head": "mlp"}, (2, 16, 8, 8, 8), (2, 8, 16, 16, 16)),
-    ({"head": "mlp", "grid": "2d"}, (2, 3, 16, 8, 8), (2, 8, 16, 16, 16)),
-    ({"head": "mlp", "grid": "2d", "latent": "grid"}, (2, 3, 16, 8, 8), (2, 8, 16, 16, 16))])
+    ({}, (2, 16, 8, 8, 8), (2, 4, 32, 32, 32)),
+    ({"latent_resolution": 4}, (2, 16, 4, 4, 4), (2, 4, 16, 16, 16)),
+    ({"latent_resolution": 16, "channels": (16,)}, (2, 16, 16, 16, 16), (2, 4, 32, 32, 32)),
+    ({"latent_channels": 3, "channels": (16, 8, 8)}, (2, 3, 8, 8, 8), (2, 4, 64, 64, 64))])
 def test_every_knob_decodes_and_learns(change, latent, volume):
-    config = replace(stage.Config(), channels="16,16", children=1, code_width=12, precision="float32")
+    config = replace(stage.Config(), channels=(16, 16), code_width=12, precision="float32")
     config = replace(config, **change)
     torch.manual_seed(0)
-    model = decoder.Autodecoder(config, 3)
+    model = stage.Autodecoder(config, 3)
     z = model.to_latent(model.codes[:2])
     v = model.to_volume(z)
-    assert z.shape == latent and v.shape == volume
+    assert z.shape == latent and v.shape == volume and torch.equal(v, model.volumes_of(model.codes[:2]))
     sigma, rgb = model.field(torch.randn(5, 7, volume[1]), torch.rand(5, 7, 3) - 0.5)
     assert sigma.shape == (5, 7) and rgb.shape == (5, 7, 3)
     assert (sigma >= 0).all() and 0 <= rgb.min() and rgb.max() <= 1
     density = volume_render.density(v, model.field)
     colour = model.field(v.movedim(1, -1), torch.zeros(2, *v.shape[2:], 3))[1]
     (density.mean() + colour.mean()).backward()
-    unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    attention = ["norm.weight", "norm.bias", "qkv.weight", "qkv.bias"]
-    assert unused in ([], [f"levels.0.2.{name}" for name in attention])      # attention begins as 0
-
-
-def test_adding_the_coordinates_is_concatenating_them():
-    block = decoder.Block(8, 8, torch.nn.Conv3d)
-    x = torch.randn(2, 8, 4, 4, 4)
-    h = torch.nn.functional.silu(block.norm1(x))
-    joined = torch.nn.functional.conv3d(
-        torch.cat([h, decoder.coordinates(x).expand(2, -1, -1, -1, -1)], 1),
-        torch.cat([block.conv1.weight, block.where.weight], 1), block.conv1.bias, padding=1)
-    expected = x + block.conv2(torch.nn.functional.silu(block.norm2(joined)))
-    assert (block(x) - expected).abs().max() < 1e-5
-    where = decoder.coordinates(x)[0]
-    assert where[0, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]         # x along W
-    assert where[2, :, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]      # z along D
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_children_take_their_places():
     x = torch.arange(16.0).view(1, 16, 1, 1, 1)                  # two channels of eight children of one voxel
-    volume = decoder.unfold_children(x, 2)
+    volume = stage.unfold_children(x, 2)
     assert volume.shape == (1, 2, 2, 2, 2)
     assert volume[0, 1, 0, 1, 1] == 8 + 3 and volume[0, 0, 1, 0, 0] == 4
-    planes = decoder.unfold_children(torch.arange(24.0).view(1, 4, 3, 2), 1)
-    assert planes.shape == (1, 1, 6, 4)
-    assert planes[0, 0, 0, :2].tolist() == [0, 6] and planes[0, 0, 1, :2].tolist() == [12, 18]
-
-
-def test_the_largest_piece():
-    solid = torch.zeros(6, 6, 6, dtype=torch.bool)
-    solid[0, 0, :4] = solid[1, 1, 4] = True                      # five that hang together, by a corner
-    solid[4, 4, 4] = True
-    assert abs(metrics.largest_piece(solid) - 5 / 6) < 1e-6
+    two = stage.unfold_children(torch.arange(64.0).view(1, 8, 2, 2, 2), 1)[0, 0]
+    assert two[0, 0].tolist() == [0, 8, 1, 9] and two[1, 0, :2].tolist() == [32, 40]
 
 
 def test_psnr_by_hand():
     picture, truth = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
     picture[0, 0] = 0.5
-    assert abs(metrics.psnr(picture, truth) - 12.0412) < 1e-3      # 10 log10 of 1 / (0.25 / 4)
-    assert abs(metrics.psnr(picture, truth, torch.tensor([[True, True], [False, False]])) - 9.0309) < 1e-3
-
-
-def test_planes_summed_into_a_volume_are_planes():
-    from torch.nn.functional import grid_sample
-    from volume_render import lookup
-    xy, xz, yz = torch.randn(3, 1, 2, 8, 8)
-    volume = xy[:, :, None] + xz[:, :, :, None] + yz[..., None]
-    p = torch.rand(1, 40, 3) - 0.5
-    planes = sum(
-        grid_sample(plane, 2 * p[:, :, None, axes], align_corners=False, padding_mode="border")[0, :, :, 0].T
-        for plane, axes in ((xy, [0, 1]), (xz, [0, 2]), (yz, [1, 2])))
-    assert (lookup(volume, p)[0] - planes).abs().max() < 1e-5
+    assert abs(stage.psnr(picture, truth) - 12.0412) < 1e-3      # 10 log10 of 1 / (0.25 / 4)
+    assert abs(stage.psnr(picture, truth, torch.tensor([[True, True], [False, False]])) - 9.0309) < 1e-3
 
 
 def test_batches_are_the_photos(data):
@@ -224,9 +180,9 @@ def test_fit_recovers_a_known_code(data):
     """Photos rendered by the model itself, of a code that it was not given: the fit must explain views that
     it did not see."""
     torch.manual_seed(0)
-    config = replace(stage.Config(), channels="16,16", code_width=8, samples=24, rays=512, fit_steps=60,
+    config = replace(stage.Config(), channels=(16, 16), code_width=8, samples=24, rays=512, fit_steps=60,
                      precision="float32")
-    model = decoder.Autodecoder(config, 3).eval().requires_grad_(False)
+    model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
     model.codes *= 30                               # an untrained decoder, driven hard, makes coloured clouds
     photos = read_photos(data / "earphones_train", 32, 1)
     volume = model.to_volume(model.to_latent((0.2 * model.codes[0] + 0.8 * model.codes[1])[None]))
@@ -236,7 +192,7 @@ def test_fit_recovers_a_known_code(data):
     device = torch.device("cpu")
     fitted = stage.fit_codes(model, photos, torch.arange(4), config, device)
     white = stage.mean_photo(photos, [0])
-    ours, mean = (stage.mean_of(stage.measure(model, codes, photos, [0], [4, 5], device, white), "ours")
+    ours, mean = (stage.mean_of(stage.score_views(model, codes, photos, [0], [4, 5], white), "ours")
                   for codes in (fitted, model.codes.mean(0)[None]))
     assert mean < 40 and ours > mean + 6, (ours, mean)
 
@@ -289,7 +245,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, trained, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(ours.values(), whole.values()))
     file.write_bytes(b"x")
     (tmp_path / "run/previous.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="no checkpoint .* can be read.*--fresh"):
+    with pytest.raises(UserError, match="previous.pt is damaged"):
         train(data, tmp_path / "run")
 
 
@@ -301,7 +257,7 @@ from common import Run
 @dataclass
 class Config:
     out: str = ""
-run = Run({out!r}, Config(), ())
+run = Run({out!r}, "test", Config(), (), stale=())
 state = {{"step": 0, "x": torch.arange(200_000.)}}
 run.save(state)                                       # the first kill may come before the child's first
 while True:                                           # one warm parent; each child saves until it is killed
@@ -319,7 +275,7 @@ while True:                                           # one warm parent; each ch
 """
 
 
-def test_kill_9_while_saving_never_loses_both(tmp_path):
+def test_kill_9_while_saving_never_loses_the_last(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", SAVER.format(root=str(ROOT), out=str(tmp_path))],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     generator = np.random.default_rng(0)
@@ -330,13 +286,7 @@ def test_kill_9_while_saving_never_loses_both(tmp_path):
         time.sleep(0.03 + 0.03 * generator.random())
         os.kill(pid, signal.SIGKILL)
         assert parent.stdout.readline() == "dead\n"
-        whole = []
-        for name in ("last.pt", "previous.pt"):
-            try:
-                whole.append(common.load_checkpoint(tmp_path / name)["step"])
-            except UserError:
-                pass
-        assert whole, f"after kill {k}: {os.listdir(tmp_path)}"
+        common.load_checkpoint(tmp_path / "last.pt")                 # at any moment it is whole
     parent.stdin.close()
     parent.wait()
 
@@ -349,7 +299,7 @@ from common import Run
 @dataclass
 class Config:
     out: str = ""
-run = Run({out!r}, Config(), ())
+run = Run({out!r}, "test", Config(), (), stale=())
 run.save({{"step": 1, "x": torch.zeros(1000)}})
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -363,4 +313,90 @@ def test_a_full_disk_is_one_sentence_and_the_good_checkpoint_stays(tmp_path):
     assert done.returncode == 1 and "cannot write" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert common.load_checkpoint(tmp_path / "last.pt")["step"] == 1
-    assert sorted(os.listdir(tmp_path)) == [".config.json.lock", "config.json", "last.pt"]
+    assert sorted(os.listdir(tmp_path)) == [".config.json.lock", "last.pt", "previous.pt"]
+
+
+def test_a_log_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n')
+    stage.plot_log(tmp_path, "loss", loss="loss", absent="never logged")
+    assert (tmp_path / "curve.png").exists()
+
+
+# ---- what is deleted, and what is believed ----
+
+def test_fresh_deletes_nothing_before_all_checks(data, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    whole = (tmp_path / "run/last.pt").read_bytes()
+    for wrong in (["--channels", "0"], ["--rays", "-1"], ["--holdout_views", "6"], ["--decoder_lr", "nan"]):
+        with pytest.raises(UserError):
+            train(data, tmp_path / "run", "--fresh", *wrong)
+    assert (tmp_path / "run/last.pt").read_bytes() == whole and (tmp_path / "run/previews").exists()
+
+
+def test_fresh_deletes_only_a_run_of_its_own(data, trained, tmp_path):
+    strangers = tmp_path / "strangers"
+    (strangers / "previews").mkdir(parents=True)
+    with pytest.raises(UserError, match="previews is there, but no config.json"):
+        train(data, strangers, "--fresh")
+    (strangers / "config.json").write_text('{"their": "own"}')
+    with pytest.raises(UserError, match="another stage's run, or one of an older version"):
+        train(data, strangers, "--fresh")
+    assert (strangers / "previews").exists() and "their" in (strangers / "config.json").read_text()
+
+
+def test_a_refused_flag_is_not_remembered(data, tmp_path):
+    with pytest.raises(UserError, match="--holdout_views 6"):
+        train(data, tmp_path / "run", "--holdout_views", "6")
+    assert not (tmp_path / "run/config.json").exists()
+    train(data, tmp_path / "run")
+
+
+def test_every_bit_of_a_checkpoint_counts(trained, tmp_path):
+    """A flipped bit in the zip's directory passes its checksums: torch then fills a tensor with whatever lies
+    in memory.  Every bit is refused, or changes nothing that is read."""
+    content = (trained / "last.pt").read_bytes()
+    start = content.rindex(b"PK\x01\x02", 0, content.rindex(b"PK\x05\x06"))     # the last directory entry
+    file, whole = tmp_path / "last.pt", common.digest(common.load_checkpoint(trained / "last.pt"))
+    for bit in range(start * 8, (start + 46) * 8):
+        harmed = bytearray(content)
+        harmed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(harmed)
+        try:
+            assert common.digest(common.load_checkpoint(file)) == whole
+        except UserError:
+            pass
+
+
+def test_one_object_has_no_spread_to_fit_by(data, tmp_path):
+    train(data, tmp_path / "one", "--objects", "1")
+    with pytest.raises(UserError, match="knows one object"):
+        stage.main([*SMOKE, "--out", str(tmp_path / "one"), "--fit", str(data / "earphones_test")])
+
+
+def test_names_in_a_checkpoint_cannot_lead_out_of_a_folder(trained, tmp_path):
+    for name in ("../x", "/abs", "a/b", "..", "", "line\nbreak"):
+        state = common.load_checkpoint(trained / "last.pt")
+        state["names"][0] = name
+        common.save_checkpoint(tmp_path / "last.pt", state)
+        with pytest.raises(UserError, match="no name of an object"):
+            stage.load_autodecoder(tmp_path)
+
+
+def test_an_old_checkpoint_is_one_sentence(trained, tmp_path):
+    state = common.load_checkpoint(trained / "last.pt")
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="no checkpoint of this version"):
+        stage.load_autodecoder(tmp_path)
+    state["config"]["head"] = "mlp"
+    common.save_checkpoint(tmp_path / "last.pt", state)
+    with pytest.raises(UserError, match="another version.*head"):
+        stage.load_autodecoder(tmp_path)
+
+
+def test_a_lock_that_is_a_link_harms_nothing(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run/.config.json.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot write to"):
+        train(data, tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "mine"

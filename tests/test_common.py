@@ -1,5 +1,8 @@
 """Configuration, safe writing and pictures."""
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 
 import common
 from common import UserError
+from shapes import photos
 
 
 @dataclass
@@ -19,6 +23,29 @@ class Config:
 
 
 PRESETS = {"cpu": {"steps": 10}, "gpu": {"steps": 20, "head": "voxel"}}
+
+
+@dataclass
+class Ranged(Config):
+    count: int = 3                 # of things (at least 1)
+    tilt: float = 0.0              # degrees (from -90 to 90)
+    widths: tuple = (4, 2)         # of layers (at least 1)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("steps", "-1"), ("rate", "nan"), ("rate", "inf"), ("rate", "-0.1"), ("steps", str(1 << 63)),
+    ("count", "0"), ("tilt", "-91"), ("tilt", "90.5"), ("widths", "0")])
+def test_ranges_stand_in_the_comments(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} {value.replace('.', '[.]')}.*at least"):
+        common.parse_config(Ranged, argv=[f"--{flag}", value])
+
+
+def test_a_chapters_config_inherits_comments_and_ranges(capsys):
+    assert common.parse_config(Ranged, argv=["--widths", "8", "9", "--tilt", "-5"]).widths == [8, 9]
+    with pytest.raises(SystemExit):
+        common.parse_config(Ranged, argv=["--help"])
+    said = capsys.readouterr().out
+    assert "per cent: 100% is all" in said and "degrees (from -90 to 90)" in said
 
 
 def test_defaults_then_preset_then_flags():
@@ -64,13 +91,38 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a/b"
-    with common.atomic_folder(path) as temporary:
+    with photos.atomic_folder(path) as temporary:
         (temporary / "x").write_text("1")
         assert not path.exists()
     with pytest.raises(UserError, match="cannot write .*No space"):
-        with common.atomic_folder(path) as temporary:
+        with photos.atomic_folder(path) as temporary:
             raise OSError(28, "No space left on device")
     assert (path / "x").read_text() == "1" and [p.name for p in path.parent.iterdir()] == ["b"]
+
+
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch):
+    """Killed between the two renames: the old one stands aside, and the next try brings it back first."""
+    path, real = tmp_path / "b", photos.os.rename
+    with photos.atomic_folder(path) as temporary:
+        (temporary / "x").write_text("old")
+
+    class Killed(BaseException):
+        pass
+
+    def rename(a, b):
+        real(a, b)
+        if str(b).endswith(".old"):
+            raise Killed
+    monkeypatch.setattr(photos.os, "rename", rename)
+    with pytest.raises(Killed):
+        with photos.atomic_folder(path) as temporary:
+            (temporary / "x").write_text("new")
+    monkeypatch.setattr(photos.os, "rename", real)
+    assert (tmp_path / ".b.old/x").read_text() == "old"
+    with pytest.raises(UserError):
+        with photos.atomic_folder(path):
+            raise OSError("full")
+    assert (path / "x").read_text() == "old"
 
 
 def test_clock_and_grid(tmp_path):
@@ -89,7 +141,23 @@ def test_device():
     assert common.pick_device("cpu").type == "cpu"
 
 
-def test_a_log_line_cut_off_by_a_kill_is_left_out(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n')
-    common.plot_log(tmp_path, "loss", loss="loss", absent="never logged")
-    assert (tmp_path / "curve.png").exists()
+def test_ctrl_c_is_one_line_and_a_closed_pipe_none(tmp_path):
+    def run(body, shell=""):
+        line = f"{sys.executable} -c 'import common; common.command(lambda: {body})'{shell}"
+        return subprocess.run(["bash", "-c", line], cwd=Path(common.__file__).parent, capture_output=True, text=True)
+    done = run('(_ for _ in ()).throw(KeyboardInterrupt)')
+    assert done.returncode == 1 and done.stderr == "stopped; what was written before is kept\n"
+    done = run('[print("x" * 1000) for _ in range(1000)]', " | head -1")
+    assert done.stderr == "" and done.stdout.startswith("xxx")
+
+
+def test_digests_tell_apart():
+    x = torch.arange(4.0)
+    things = [x, x.double(), x.view(2, 2), x.bool(), [x], {"a": x}, {"b": x}, [x, x], 1, 1.0, "1", None, [], [[]]]
+    assert len({common.digest(thing) for thing in things}) == len(things)
+    assert common.digest(x[1]) == common.digest(torch.tensor(1.0))
+    assert common.digest(x) == common.digest(x.clone())
+
+
+def test_control_characters_in_a_message_are_written_out():
+    assert str(UserError("a\x1b[31m\nb\udce9 \u00e9")) == "a\\x1b[31m\\nb\\udce9 \u00e9"

@@ -14,17 +14,14 @@ from PIL import Image
 
 import autodecoder
 import browser
-import decoder
 import diffusion
 import viewer.export as stage
 from viewer import isosurface
-import noise
 import viewer.page as viewer
 import test_diffusion
-from common import UserError
-from shapes.rasterizer import camera_to_world_at
-from views import ANGLES
-from volume_render import camera_rays, headphones, lookup, render, voxel_field
+import volume_render
+from common import UserError, camera_to_world_at
+from volume_render import ANGLES, camera_rays, headphones, render, voxel_field
 
 needs_chromium = pytest.mark.skipif(not browser.find(),
                                     reason="no Chromium on the PATH (Debian: apt install chromium)")
@@ -32,10 +29,9 @@ needs_chromium = pytest.mark.skipif(not browser.find(),
 
 class Volumes(SimpleNamespace):
     """An autodecoder whose latents are its volumes; they hold density / GAIN, as a trained one's do"""
-    config = autodecoder.Config(head="voxel", samples=48, data="data/earphones_train")
+    config = autodecoder.Config(samples=48, data="data/earphones_train")
     to_volume = staticmethod(lambda latent: latent)
-    before_activation = staticmethod(lambda channels, position: channels)
-    field = decoder.Autodecoder.field
+    field = autodecoder.Autodecoder.field
 
 
 def ball(n=40, radius=0.35, centre=(0.05, -0.02, 0.03)):
@@ -101,19 +97,13 @@ def test_what_reaches_the_cube_is_closed_on_its_faces():
     assert len(isosurface.mesh_of(Volumes(), -full, 8)[1]) == 0
 
 
-def test_the_mlp_head_is_baked_with_its_positions(data, tmp_path):
-    config = autodecoder.Config(head="mlp", channels="16", code_width=16)
-    torch.manual_seed(0)
-    model = decoder.Autodecoder(config, 2).eval()
-    with torch.no_grad():
-        volume = model.to_volume(model.to_latent(model.codes[:1]))
-        baked = isosurface.bake(model, volume, 24)
-        at = torch.tensor([3, 20, 11])                                             # x, y, z
-        point = ((at + 0.5) / 24 - 0.5)[None, None]
-        sigma, rgb = model.field(lookup(volume, point), point)
-    x, y, z = at.tolist()
-    assert (torch.nn.functional.softplus(decoder.GAIN * baked[0, z, y, x]) - sigma).abs().max() < 1e-5
-    assert (baked[1:, z, y, x].sigmoid() - rgb[0, 0]).abs().max() < 1e-6
+def test_a_volume_is_baked_finer_as_it_is_looked_up():
+    volume = torch.randn(1, 4, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(isosurface.bake(volume, 12), volume[0])
+    baked = isosurface.bake(volume, 24)
+    x, y, z = 3, 20, 11
+    point = ((torch.tensor([x, y, z]) + 0.5) / 24 - 0.5)[None, None]
+    assert torch.allclose(baked[:, z, y, x], volume_render.lookup(volume, point)[0, 0], atol=1e-5)
 
 
 # ---- GLB ----
@@ -216,13 +206,13 @@ def test_another_reader_agrees(glb):
 def phones(n=32):
     """The analytic headphones as an autodecoder would hold them"""
     volume = headphones(n, 1500.0)
-    volume[:, 0] /= decoder.GAIN
+    volume[:, 0] /= autodecoder.GAIN
     return volume
 
 
 def test_what_is_stored_renders_the_same():
     volume, model = phones(), Volumes()
-    packed = viewer.pack(viewer.bake_for_page(model, volume, 32))
+    packed = viewer.pack(viewer.bake_for_page(volume, 32))
     assert len(packed["data"]) < 0.5 * 4 * 32 ** 3                                 # most of it is empty
     stored = viewer.unpack(packed)[None]
     pose = camera_to_world_at(*ANGLES[0], 1.3).float()[None]
@@ -231,7 +221,7 @@ def test_what_is_stored_renders_the_same():
         assert (a - b).abs().mean() < 0.002 and (a - b).abs().max() < 0.1
     for nothing in (-10.0, 10.0):                                                  # empty; all solid
         volume = torch.full((1, 4, 8, 8, 8), nothing)
-        stored = viewer.unpack(viewer.pack(viewer.bake_for_page(model, volume, 8)))[None]
+        stored = viewer.unpack(viewer.pack(viewer.bake_for_page(volume, 8)))[None]
         alpha = render(stored, *rays, 32, voxel_field)[1]
         assert (alpha.max() < 1e-3) if nothing < 0 else (alpha.max() > 0.999)
 
@@ -462,11 +452,10 @@ def test_walks_and_denoising_end_at_the_samples(diffused):
     assert (moments[-1] - samples[0]).abs().max() < 1e-3 * samples.abs().max()
     assert len(moments) == len(sigmas) == 4
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
-    generators = (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1), 0.3)
-    assert abs(noise.noise(generators, (100_000,)).std() - 1) < 0.01
-    for sampler in (noise.edm_sample, noise.ddpm_sample):
+    assert abs(viewer.between(0, 1, 0.3)((100_000,)).std() - 1) < 0.01
+    for sampler in ("heun", "ancestral"):
         trace = []
-        sampler(denoiser, [torch.Generator().manual_seed(0)], (len(denoiser.basis),), 6, trace)
+        diffusion.sample(denoiser, [0], 6, sampler, trace)
         assert len(trace) == 6 and all(a[0] > b[0] for a, b in zip(trace, trace[1:]))
 
 

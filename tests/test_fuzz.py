@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import render_shapenet as stage
-from common import UserError
+from common import UserError, camera_to_world_at, intrinsics_at
 from shapes.meshes import load_obj
 
 OBJ = b"""mtllib m.mtl
@@ -56,7 +56,7 @@ def test_meshes(tmp_path):
     (folder / "images").mkdir()
     Image.effect_noise((4, 4), 60).convert("RGB").save(folder / "images/t.png")
     generator, results = random.Random(0), {"valid": 0, "refused": 0}
-    pose, K = stage.camera_to_world_at(20, 30, 1.3), stage.intrinsics_at(16, 131.25)
+    pose, K = camera_to_world_at(20, 30, 1.3), intrinsics_at(16, 131.25)
     for k in range(1400):
         obj, mtl = (mutate(OBJ, generator), MTL) if k % 4 else (OBJ, mutate(MTL, generator))
         (folder / "models/model_normalized.obj").write_bytes(obj)

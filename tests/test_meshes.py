@@ -282,3 +282,36 @@ def test_version_1_keeps_all_in_one_folder(tmp_path):
     (tmp_path / "a/model.obj").write_text("mtllib ./model.mtl\n" + SQUARE + "usemtl a\nf 1/1 2/2 3/3\n")
     (tmp_path / "a/model.mtl").write_text("newmtl a\nmap_Kd ./images/t.png\n")
     assert colours(load_obj(tmp_path / "a/model.obj")) == [GREEN]
+
+
+# ---- what a mesh may cost ----
+
+def test_more_vertices_than_a_model_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(meshes, "MAX_POINTS", 50)
+    for line in ("v 0 0 0\n", "vt 0 0\n"):
+        (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n" + line * 60)
+        with pytest.raises(UserError, match="more than 50 vertices"):
+            load_obj(tmp_path / "a.obj")
+
+
+def test_many_material_lines_beside_many_files_are_looked_up_once(tmp_path, monkeypatch):
+    for k in range(200):
+        (tmp_path / f"f{k}").write_text("")
+    lines = "".join(f"mtllib missing{k} other{k}\n" for k in range(1000))
+    (tmp_path / "a.obj").write_text(lines + "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    looked, real = [], type(tmp_path).iterdir
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: (looked.append(self), real(self))[1])
+    load_obj(tmp_path / "a.obj")
+    assert len(looked) <= 4
+
+
+def test_textures_stop_at_what_memory_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(meshes, "MAX_TEXELS", 150)
+    for k in range(4):
+        Image.new("RGB", (10, 10), (9, 9, 9)).save(tmp_path / f"t{k}.png")
+    (tmp_path / "a.mtl").write_text("".join(f"newmtl m{k}\nKd 1 0 0\nmap_Kd t{k}.png\n" for k in range(4)))
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\n"
+                                    + "".join(f"usemtl m{k}\nf 1/1 2/2 3/3\n" for k in range(4)))
+    mesh = load_obj(tmp_path / "a.obj")
+    assert "more textures than fit into 200 MB: their Kd instead (2 times)" in mesh.notes
+    assert mesh.textured[mesh.material].tolist() == [True, True, False, False]

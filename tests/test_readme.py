@@ -1,4 +1,4 @@
-"""Every command that the README shows runs, at smoke size."""
+"""Every command that the READMEs show runs, at smoke size."""
 import importlib
 import os
 import re
@@ -12,30 +12,44 @@ import render_shapenet
 from common import UserError
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [command for before in ("^    ", "`")                 # those of a line, then those of a sentence
-            for command in re.findall(before + r"python ((?:-m )?(\w+(?:\.\w+)?)[^`\n#]*)", README, re.M)]
-COMMANDS = list(dict.fromkeys((command.strip().removeprefix("-m "), script.removesuffix(".py"))
-                              for command, script in COMMANDS if not script.startswith(("tests", "venv"))))
+ROOMS = ("", "shapes", "lab", "viewer", "chapters")
 STAGE = "--preset smoke --steps 4 --device cpu "
 SMALL = {                                      # what makes each small; of a flag given twice the last counts
     "render_shapenet": "--views 8 --holdout_views 4 --size 32 --workers 1 --device cpu ",
     "autodecoder": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --fit_steps 2 "
                            "--holdout_views 4 --objects 4 ",
-    "diffusion": STAGE + "--preview_every 4 --save_every 4 --channels 8,8 --holdout 1 ",
+    "diffusion": STAGE + "--preview_every 4 --save_every 4 ",
     "sample": "--count 2 --steps 2 --views 2 --size 32 --device cpu ",
-    "lab.evaluate": "--preset smoke --device cpu ",
-    "viewer.export": "--count 1 --frames 2 --sheet 2 --steps 2 --resolution 16 --device cpu ",
+    "volume_render": "--resolution 16 --size 16 --samples 8 --device cpu ",
+    "lab.evaluate": "--preset smoke --count 6 --points 64 --device cpu ",
     "lab.sweep": STAGE.replace("preset", "stages").replace("steps", "steps1")
-             + "--steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 --data data "}
-OWN = "--objects 4 --val_objects 0 --test_objects 3 "       # of the procedural set, not of ShapeNet's
+                 + "--steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 --data data ",
+    "viewer.export": "--count 1 --frames 2 --sheet 2 --steps 2 --resolution 16 --device cpu ",
+    "viewer.box": "",
+    "chapters.hybrid": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --holdout_views 4 "
+                               "--objects 4 --channels 8 ",
+    "chapters.unet": STAGE + "--preview_every 4 --save_every 4 --levels 8 8 --count 2 "}
+OWN = "--objects 4 --test_objects 3 "          # of the procedural set, not of ShapeNet's
+
+
+def commands(room):
+    """Those of a line, then those of a sentence: (words, module), each once"""
+    text = (ROOT / room / "README.md").read_text()
+    found = [command for before in ("^    ", "`")
+             for command in re.findall(before + r"python ((?:-m )?(\w[\w.]*\w)[^`\n#]*)", text, re.M)]
+    clean = [(command.strip().removeprefix("-m "), module.removesuffix(".py")) for command, module in found]
+    return [(room, *one) for one in dict.fromkeys(clean) if one[1] in SMALL]
+
+
+COMMANDS = [one for room in ROOMS for one in commands(room)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def made(tmp_path_factory):
+    """Stand-ins: ShapeNet in ~, SRN's data, photos of one's own"""
     folder = tmp_path_factory.mktemp("readme")
     golden, home = ROOT / "tests/golden/ShapeNetCore.v2/03261776", folder / "home"
-    for synset in ("03261776", "03001627"):                                 # stand-ins: ShapeNet, in ~
+    for synset in ("03261776", "03001627"):
         shutil.copytree(golden, home / "ShapeNetCore.v2" / synset)
     render_shapenet.main([*shlex.split(SMALL["render_shapenet"] + OWN), "--out", str(folder / "made")])
     for place in (home / "cars_train", home / "cars_val", folder / "my_photos"):    # SRN's: without masks
@@ -43,25 +57,33 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_readme_shows_commands_of_every_script():
-    shown = {script for _, script in COMMANDS}
-    assert set(SMALL) <= shown and all((ROOT / f"{script.replace('.', '/')}.py").exists() for script in shown)
+def test_the_readmes_show_commands_of_every_script():
+    assert set(SMALL) - {"volume_render", "viewer.box"} <= {module for _, _, module in COMMANDS}
+    for room in (*ROOMS, "results", "tests"):
+        text = (ROOT / room / "README.md").read_text()
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
+            assert (ROOT / room / link).exists(), (room, link)
+        for line in re.findall(r"^    python .*", text, re.M):
+            assert len(line) <= 84 and "#" not in line, line
+            module = re.match(r" +python (?:-m )?([\w./]+)", line)[1].removesuffix(".py").replace(".", "/")
+            assert (ROOT / f"{module}.py").exists(), line
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("command, script", COMMANDS, ids=[command for command, _ in COMMANDS])
-def test_a_command_of_the_readme(command, script, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("HOME", str(folder / "home"))
-    small = SMALL[script]
-    if script == "render_shapenet":
+@pytest.mark.parametrize("room, command, module", COMMANDS, ids=[f"{r} {c}" for r, c, _ in COMMANDS])
+def test_a_command_of_a_readme(room, command, module, made, monkeypatch):
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("HOME", str(made / "home"))
+    small = SMALL[module]
+    if module == "render_shapenet":
         small += "--holdout 1" if "--shapenet" in command else OWN
     argv = [os.path.expanduser(word) for word in shlex.split(command)[1:]] + shlex.split(small)
-    stage = importlib.import_module(script)
+    stage = importlib.import_module(module)
     if "--help" in argv:
         with pytest.raises(SystemExit) as done:
             stage.main(argv)
         assert done.value.code == 0
-    elif script == "lab.sweep":                    # one run of several, then the hours are over
+    elif module == "lab.sweep":                # one run of several, then the hours are over
         with pytest.raises(UserError, match="hours 1e-05 are over"):
             stage.main(argv)
     else:

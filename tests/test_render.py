@@ -19,12 +19,12 @@ from PIL import Image
 from shapes import earphones
 from shapes import rasterizer
 import render_shapenet as stage
-from common import UserError
+from common import UserError, camera_to_world_at, intrinsics_at
 from shapes.meshes import Mesh, load_obj
 
 HERE = Path(__file__).parent
 GOLDEN = ("golden_boxes", "golden_headphone", "golden_uv_sphere")
-TINY = ["--objects", "2", "--val_objects", "0", "--test_objects", "1", "--views", "2", "--holdout_views", "1",
+TINY = ["--objects", "2", "--test_objects", "1", "--views", "2", "--holdout_views", "1",
         "--size", "32", "--workers", "1"]
 
 
@@ -66,7 +66,7 @@ def test_against_a_plain_loop():
     mesh = mesh_of((random(60, 3) * 1.6 - 0.8).tolist(), torch.arange(60).view(20, 3).tolist(), [(9, 9, 9)])
     mesh = replace(mesh, texels=(random(12, 3) * 255).byte(), shape=torch.tensor([[3, 4]]),
                    textured=torch.tensor([True]), uvs=random(20, 3, 2) * 0.6 + 0.2)
-    pose, K, size = stage.camera_to_world_at(40, 25, 1.3), stage.intrinsics_at(24, 131.25), 24
+    pose, K, size = camera_to_world_at(40, 25, 1.3), intrinsics_at(24, 131.25), 24
     rgb, coverage, depth = stage.rasterize(mesh, pose, K, size)
     camera = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
     for row in range(size):
@@ -109,7 +109,7 @@ def test_ties(first, second, winner, why):
     exact depth, then index."""
     mesh = mesh_of(wall(*first[:2]) + wall(*second[:2]), [[0, 1, 2], [3, 4, 5]],
                    [(200, 0, 0), (0, 200, 0)], [0, 1], [first[2], second[2]])
-    pose, K = stage.camera_to_world_at(0, 0, 1.3), stage.intrinsics_at(32, 131.25)
+    pose, K = camera_to_world_at(0, 0, 1.3), intrinsics_at(32, 131.25)
     rgb, coverage, _ = stage.rasterize(mesh, pose, K, 32)
     seen = rgb[coverage > 0]
     assert len(seen) > 100 and (seen[:, winner] > 0.7).all(), why
@@ -120,7 +120,7 @@ def test_faces_that_share_an_edge_leave_no_gap_and_no_doubt():
     for faces in ([[0, 1, 2], [0, 2, 3]], [[0, 2, 1], [2, 0, 3]]):
         mesh = mesh_of([[0, -0.4, -0.4], [0, 0.4, -0.4], [0, 0.4, 0.4], [0, -0.4, 0.4]], faces)
         K = torch.tensor([[40.0, 0, 16], [0, 40, 16], [0, 0, 1]], dtype=torch.float64)
-        coverage = stage.rasterize(mesh, stage.camera_to_world_at(0, 0, 1.0), K, 32)[1]
+        coverage = stage.rasterize(mesh, camera_to_world_at(0, 0, 1.0), K, 32)[1]
         assert coverage.sum() == 32 * 32                       # +-0.4 * 40 / 1 = 16 pixels each way
 
 
@@ -145,7 +145,7 @@ def test_memory_is_bounded(monkeypatch):
 
 
 def test_huge_and_degenerate_triangles():
-    pose, K = stage.camera_to_world_at(0, 0, 1.3), stage.intrinsics_at(64, 131.25)
+    pose, K = camera_to_world_at(0, 0, 1.3), intrinsics_at(64, 131.25)
     huge = mesh_of([[0, -1e6, -1e6], [0, 1e6, -1e6], [0, 0, 1e6]], [[0, 1, 2]])
     assert stage.rasterize(huge, pose, K, 64)[1].mean() == 1
     nothing = mesh_of([[0, 0, 0], [0, 0.1, 0.1], [0, 0.2, 0.2], [5, 0, 0]],
@@ -182,7 +182,7 @@ def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
     generator, size, f = np.random.default_rng(5), 64, 65.625
     for _ in range(10):
         point = generator.uniform(-0.25, 0.25, 3)
-        pose = stage.camera_to_world_at(generator.uniform(0, 360), generator.uniform(-80, 80), 1.3).numpy()
+        pose = camera_to_world_at(generator.uniform(0, 360), generator.uniform(-80, 80), 1.3).numpy()
         x, y, z = pose[:3, :3].T @ (point - pose[:3, 3])
         ours = np.array([f * x / z + size / 2, f * y / z + size / 2])
 
@@ -190,6 +190,7 @@ def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
         R = pose[:3, :3] * [-1, -1, 1]
         T = -(pose[:3, 3] @ R)
         assert np.abs(stage.opencv_from_pytorch3d(R, T).numpy() - pose).max() < 1e-12
+
         x, y, z = point @ R + T
         assert np.abs(ours - (size / 2 - f * x / z, size / 2 - f * y / z)).max() < 1e-9
 
@@ -208,10 +209,22 @@ def test_a_point_lands_on_the_same_pixel_by_every_convention(tmp_path):
 
         tetrahedron = 0.02 * np.array([[-1, -1, -1], [1, -1, 1], [-1, 1, 1], [1, 1, -1]])
         speck = mesh_of((point + tetrahedron).tolist(), [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]])
-        coverage = stage.rasterize(speck, pose, stage.intrinsics_at(size, 131.25), size, 4)[1]
+        coverage = stage.rasterize(speck, pose, intrinsics_at(size, 131.25), size, 4)[1]
         rows, columns = (coverage > 0).nonzero(as_tuple=True)
         assert abs(columns.double().mean() + 0.5 - ours[0]) < 0.6
         assert abs(rows.double().mean() + 0.5 - ours[1]) < 0.6
+
+
+def test_look_at_is_pytorch3ds_of_the_same_camera():
+    """By PyTorch3D's own rules: +X left, +Y up, +Z into the scene, rows times R"""
+    for azimuth, elevation in ((10, 20), (300, -75), (123.4, 89.9)):
+        R, T = stage.look_at(azimuth, elevation, 1.3)
+        pose = stage.opencv_from_pytorch3d(R, T)
+        assert (pose - camera_to_world_at(azimuth, elevation, 1.3)).abs().max() < 1e-12
+        assert (torch.zeros(3).double() @ R + T - torch.tensor([0, 0, 1.3]).double()).abs().max() < 1e-7
+        above = torch.tensor([0.0, 0, 0.1]).double() @ R + T
+        left = pose[:3, :3] @ torch.tensor([-0.1, 0, 0]).double() @ R + T
+        assert above[1] > 0 and abs(above[0]) < 1e-12 and left[0] > 0.09
 
 
 def test_cameras_stand_upright_and_look_at_the_origin():
@@ -303,16 +316,16 @@ def test_the_recipe_is_kept(photos, tmp_path):
     with pytest.raises(UserError, match=r"--views 2, not 3.*--fresh"):
         stage.main(["--out", str(photos), *TINY, "--views", "3"])
     (tmp_path / "earphones_train/mine").mkdir(parents=True)
-    with pytest.raises(UserError, match="did not write"):
+    with pytest.raises(UserError, match="is there, but no earphones.json"):
         stage.main(["--out", str(tmp_path), *TINY])
     assert (tmp_path / "earphones_train/mine").is_dir()
 
 
 def test_two_runs_do_not_share_a_folder(photos):
     from common import Run
-    held = Run(photos, stage.Config(), (), "earphones.json.other")
+    held = Run(photos, "other", stage.Config(), (), "earphones.json.other", stale=())
     with pytest.raises(UserError, match="another run is writing"):
-        Run(photos, stage.Config(), (), "earphones.json.other")
+        Run(photos, "other", stage.Config(), (), "earphones.json.other", stale=())
     held.lock.close()
 
 
@@ -347,11 +360,9 @@ def test_fresh_starts_over(tmp_path):
     (["--device", "cuda:7"], "cuda"),
     (["--device", "meta"], "meta"),
     (["--seed", "-1"], "--seed"),
-    (["--val_objects", "-1"], "--val_objects"),
+    (["--test_objects", "-1"], "--test_objects"),
     (["--max_elevation", "95"], "--max_elevation"),
     (["--max_elevation", "nan"], "--max_elevation"),
-    (["--distance", "0.1"], "--distance"),
-    (["--focal", "0"], "--focal"),
     (["--synset", "../x"], "--synset"),
     (["--holdout", "3"], "--holdout")])
 def test_flags_are_checked_by_name(arguments, message, tmp_path):
@@ -400,7 +411,7 @@ def shapenet(tmp_path):
     ("v1/03261776", 4)])
 def test_shapenet_is_found_and_a_broken_model_skipped(shapenet, where, found, capsys):
     out = shapenet / "out"
-    stage.main(["--out", str(out), "--shapenet", str(shapenet / where), "--holdout", "1", *TINY[6:]])
+    stage.main(["--out", str(out), "--shapenet", str(shapenet / where), "--holdout", "1", *TINY[4:]])
     train, test = (stage.load_photos(out / f"earphones_{split}", 32)[-1] for split in ("train", "test"))
     assert len(train) + len(test) == 4 and not set(train) & set(test)
     said = capsys.readouterr().out
@@ -412,14 +423,14 @@ def test_a_model_that_no_camera_sees_is_skipped_every_time(shapenet, capsys):
     (shapenet / "v1/03261776/line").mkdir()
     (shapenet / "v1/03261776/line/model.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n")
     for _ in range(2):
-        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[6:]])
+        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
         assert "1 skipped; " in (said := capsys.readouterr().out) and "no camera sees it" in said
     assert len(stage.load_photos(shapenet / "out/earphones_train", 32)[-1]) == 4
 
 
 def test_the_synset_is_read_off_its_own_folder(shapenet):
     (shapenet / "v1/03261776").rename(shapenet / "v1/03001627")
-    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1/03001627"), *TINY[6:]])
+    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1/03001627"), *TINY[4:]])
     assert (shapenet / "out/chairs_train").is_dir()
 
 
@@ -427,13 +438,39 @@ def test_nothing_but_broken_models(shapenet):
     for path in (shapenet / "v1/03261776").glob("*/model.obj"):
         path.write_text("broken")
     with pytest.raises(UserError, match="no photos were made"):
-        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[6:]])
+        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
 
 
 def test_names_that_are_not_utf_8(shapenet):
     os.rename(shapenet / "v1/03261776/m0", os.fsencode(shapenet / "v1/03261776") + b"/caf\xe9")
-    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[6:]])
+    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
     assert len(list((shapenet / "out/earphones_train").iterdir())) == 4
+
+
+def test_a_name_too_long_is_skipped(shapenet, capsys):
+    os.rename(shapenet / "v1/03261776/m0", shapenet / "v1/03261776" / ("n" * 250))
+    stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
+    assert "1 skipped" in (said := capsys.readouterr().out) and "name is too long" in said
+    assert len(list((shapenet / "out/earphones_train").iterdir())) == 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_left_out(shapenet, photos, tmp_path, capsys):
+    (shapenet / "v1/03261776/m0").chmod(0)
+    try:
+        stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
+    finally:
+        (shapenet / "v1/03261776/m0").chmod(0o755)
+    assert "m0 cannot be read" in capsys.readouterr().out
+    assert len(list((shapenet / "out/earphones_train").iterdir())) == 3
+    shutil.copytree(photos / "earphones_train", tmp_path / "copy")
+    first = sorted((tmp_path / "copy").iterdir())[0]
+    first.chmod(0)
+    try:
+        names = stage.load_photos(tmp_path / "copy", 32)[-1]
+    finally:
+        first.chmod(0o755)
+    assert first.name not in names and f"{first} cannot be read" in capsys.readouterr().out
 
 
 def test_shapenet_errors(shapenet):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import volume_render as v
-from shapes.rasterizer import camera_to_world_at, intrinsics_at
+from common import camera_to_world_at, intrinsics_at
 
 
 def camera(size=16, azimuth=30, elevation=20):
@@ -103,9 +103,11 @@ def test_splitting_bins_changes_nothing():
     assert (whole[0] - halves[0]).abs().max() < 1e-6 and (whole[1] - halves[1]).abs().max() < 1e-6
 
 
-def test_the_inclusive_slip_dims_a_sample_by_itself():
-    opaque = torch.full((1, 1), 100.0), torch.zeros(1, 1, 3), torch.ones(1, 1), torch.ones(1, 1)
-    assert v.composite(*opaque)[1] > 0.999 and v.composite(*opaque, transmittance="inclusive")[1] < 1e-6
+def test_an_opaque_sample_hides_what_is_behind_it_but_not_itself():
+    """A common slip, the inclusive product, gives it no weight at all."""
+    sigma, rgb = torch.tensor([[100.0, 100.0]]), torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    image, alpha, depth = v.composite(sigma, rgb, torch.ones(1, 1), torch.tensor([[1.0, 2.0]]))
+    assert alpha > 0.999 and torch.allclose(image, rgb[:, 0], atol=1e-6) and depth == 1
 
 
 def test_rays_that_miss_are_white_with_no_gradient():

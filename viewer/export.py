@@ -5,7 +5,7 @@ After stage 3: things to look at and to take away.  Volumes become meshes that o
 in   runs/diffusion and its autodecoder; or with --reconstruct the autodecoder alone
 out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sheet.png, denoise.png,
                  walk.png; and for each object <name>/mesh.glb, a mesh with colours (glTF 2.0)
-run  python -m viewer.export                                 eight samples and all of the above: 18 s on one core
+run  python -m viewer.export                          eight samples and all of the above: 18 s on one core
      python -m viewer.export --interpolate 3 12              walks from seed 3 to seed 12
      python -m viewer.export --reconstruct train_00001 --out export/train_00001
 read Config, turntable, main; then isosurface.py, page.py.
@@ -18,30 +18,29 @@ import torch
 from PIL import Image
 
 from autodecoder import load_autodecoder
-from common import UserError, at_least, atomic_file, grid, parse_config, pick_device, save_picture, to_bytes
-from denoiser import sample
-from diffusion import latents_of
+from common import UserError, atomic_file, command, grid, parse_config, pick_device, save_picture, to_bytes
+from diffusion import latents_of, sample
 from viewer.isosurface import LEVEL, write_mesh
 from viewer.page import denoising, walk, write_gallery
 from sample import load_models
-from views import ANGLES, cameras, render_views
+from volume_render import ANGLES, cameras, render_views
 
 
 @dataclass
 class Config:
-    diffusion: str = "runs/diffusion"    # stage 2's folder, or a file that sample.py --pack wrote
+    diffusion: str = "runs/diffusion"    # stage 2's folder
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     out: str = "export"                  # folder for all that is written
     reconstruct: str = ""                # a training object's name, or all: these in place of samples
-    count: int = 8                       # how many samples, on the page and as meshes
+    count: int = 8                       # how many samples, on the page and as meshes (at least 1)
     seed: int = 0                        # sample k comes from seed + k alone
-    steps: int = 0                       # of the sampler; 0: 18 for EDM, 1000 for DDPM
+    steps: int = 0                       # of the sampler; 0: 18 for heun, 1000 for ancestral
     interpolate: tuple = ()              # two seeds to walk between; by default the first two samples'
     sheet: int = 60                      # samples on the contact sheet; 0: none
-    resolution: int = 64                 # grid points along a side that the mesh is made from
-    level: float = LEVEL                 # the density of the surface: 1/30 of the cube of it halves the light
+    resolution: int = 64                 # grid points along a side that the mesh is made from (at least 8)
+    level: float = LEVEL                 # the density of the surface (at least 1)
     frames: int = 24                     # of the turntable; 0: none
-    size: int = 160                      # pixels along a side of each object on the turntable
+    size: int = 160                      # pixels along a side of each object on the turntable (at least 16)
     device: str = "auto"                 # auto, cpu or cuda
 
 
@@ -87,16 +86,10 @@ def load(config, device):
     return load_models(config, device)
 
 
-def check(config):
-    at_least(config, count=1, steps=0, sheet=0, resolution=8, frames=0, size=16)
-    if config.level < 1:
-        raise UserError(f"--level {config.level:g}: a density of at least 1 is wanted; the cube full of that "
-                        "lets a third through")
-
-
 def main(argv=None):
     config = parse_config(Config, argv=argv)
-    check(config)
+    if len(config.interpolate) not in (0, 2):
+        raise UserError("--interpolate: two seeds are wanted, as --interpolate 3 12")
     began, out, device = time.perf_counter(), Path(config.out), pick_device(config.device)
     model, names, denoiser = load(config, device)
     if config.reconstruct:
@@ -108,6 +101,8 @@ def main(argv=None):
     else:
         seeds = range(config.seed, config.seed + config.count)
         latents, labels = sample(denoiser, seeds, config.steps), [f"seed {seed}" for seed in seeds]
+    # A training object's folder has its own name, a sample's that of its seed
+    folders = labels if config.reconstruct else [f"seed_{seed:06d}" for seed in seeds]
     pair = config.interpolate or (config.seed, config.seed + 1)
 
     def wrote(name):
@@ -116,8 +111,8 @@ def main(argv=None):
 
     write_gallery(out / "viewer.html", model, names, latents, labels, denoiser, pair, config.steps)
     wrote("viewer.html")
-    for label, latent in zip(labels, latents):
-        name = label.replace(" ", "_") + "/mesh.glb"
+    for folder, latent in zip(folders, latents):
+        name = f"{folder}/mesh.glb"
         if write_mesh(out / name, model, latent, config.resolution, config.level):
             wrote(name)
     pictures = {}
@@ -139,4 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -20,8 +20,8 @@ import struct
 import torch
 import torch.nn.functional as F
 
+from autodecoder import GAIN
 from common import atomic_file
-from decoder import GAIN
 from volume_render import composite, lookup
 
 LEVEL = 20.0                         # the density of the surface: 1/30 of the cube of it halves the light
@@ -80,15 +80,14 @@ def marching_tetrahedra(f):
 
 # ------------------------------------------------------------------------------------------- of a volume
 
-def bake(model, volume, resolution):
-    """volume (1,C,D,H,W), whatever its head -> (4,N,N,N): density and colours before activation, at the
-    centres of N^3 voxels.  What lies between is to be interpolated, then activated: the volume of a voxel
-    head comes back unchanged at its own resolution."""
-    if model.config.head == "voxel" and resolution == volume.shape[-1]:
+def bake(volume, resolution):
+    """volume (1,4,D,H,W) -> (4,N,N,N): density and colours before activation, at the centres of N^3 voxels.
+    At its own resolution the volume comes back unchanged."""
+    if resolution == volume.shape[-1]:
         return volume[0]
     centre = (torch.arange(resolution, device=volume.device) + 0.5) / resolution - 0.5
     position = torch.stack(torch.meshgrid(centre, centre, centre, indexing="ij")[::-1], -1)[None]
-    return model.before_activation(lookup(volume, position), position)[0].movedim(-1, 0)
+    return lookup(volume, position)[0].movedim(-1, 0)
 
 
 def closed(f):
@@ -101,7 +100,7 @@ def closed(f):
 @torch.no_grad()
 def mesh_of(model, volume, resolution=64, level=LEVEL):
     """volume (1,C,D,H,W) -> vertices (N,3) in the world, faces (F,3), normals (N,3), colours (N,3)"""
-    f = GAIN * bake(model, volume, resolution)[0] - level     # softplus(level) = level: it is far from 0
+    f = GAIN * bake(volume, resolution)[0] - level     # softplus(level) = level: it is far from 0
     vertices, faces = marching_tetrahedra(closed(f))
     vertices = (vertices - 0.5) / resolution - 0.5           # index 1 is the first voxel, whose centre is 0.5
     normals = outward(f, vertices)

@@ -11,6 +11,7 @@ read pack, page_objects, gallery; then viewer_template.html.
 import base64
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from autodecoder import kinds_of
-from common import atomic_file, to_bytes
-from decoder import GAIN
-from denoiser import sample
-from diffusion import latents_of
+from autodecoder import GAIN
+from common import save_text, to_bytes
+from diffusion import latents_of, nearest, noise_of, sample
+from shapes.photos import kinds_of
 from viewer.isosurface import bake
-from lab.metrics import nearest
-from views import ANGLES, cameras, render_views
-from volume_render import EMPTY, either
+from volume_render import ANGLES, EMPTY, any_of_eight, cameras, render_views
 
 TEMPLATE = Path(__file__).parent / "viewer_template.html"
 
@@ -38,7 +36,7 @@ def pack(channels):
     only of the voxels that some sample in a non-empty cell can see: about one in twelve.  A bit for each
     voxel says whether it is one; their bytes follow, in the same order."""
     dense = F.softplus(channels[None, 0]) > EMPTY
-    seen = either(either(F.pad(dense, (1,) * 6)))[0]                              # those, and all beside them
+    seen = any_of_eight(any_of_eight(F.pad(dense, (1,) * 6)))[0]                  # those, and all beside them
     values = channels[:, seen] if seen.any() else channels.new_tensor([-20.0, 0, 0, 0])[:, None]
     low, high = values.amin(1), values.amax(1)
     low[0] = low[0].clamp(max=-20)               # what is not stored is byte 0, and must be empty
@@ -61,9 +59,9 @@ def unpack(packed):
     return (low + span * torch.from_numpy(texels).T / 255).view(4, n, n, n)
 
 
-def bake_for_page(model, volume, resolution):
+def bake_for_page(volume, resolution):
     gain = torch.tensor([GAIN, 1, 1, 1], device=volume.device)
-    return bake(model, volume, resolution) * gain.view(4, 1, 1, 1)
+    return bake(volume, resolution) * gain.view(4, 1, 1, 1)
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -76,11 +74,9 @@ def page_objects(model, latents, labels, notes, most=64):
     rgb, alpha, *_ = render_views(model, latents, cameras(ANGLES[:1]), 192)
     for k, latent in enumerate(latents):
         volume = model.to_volume(latent[None])
-        # The mlp head makes more of a volume than its voxels: baked at their size it loses 1.0 dB, at twice
-        # that 0.14
-        fine = volume.shape[-1] * (2 if model.config.head == "mlp" else 1)
+        baked = bake_for_page(volume, min(volume.shape[-1], most))
         objects.append(dict(label=labels[k], note=notes[k], still=data_uri(rgb[k, 0], alpha[k, 0]),
-                            **pack(bake_for_page(model, volume, min(fine, most)))))
+                            **pack(baked)))
     return objects
 
 
@@ -98,8 +94,7 @@ def write_page(path, title, about, sets, objects, samples):
     content = dict(title=title, about=about, samples=samples, objects=objects,
                    sets=[dict(zip(("name", "about", "objects"), some)) for some in sets])
     text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")     # no name can end the script
-    with atomic_file(path) as temporary:
-        temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text), encoding="utf-8")
+    save_text(path, TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text))
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
@@ -107,14 +102,21 @@ def write_page(path, title, about, sets, objects, samples):
 def denoising(denoiser, seed, steps=0, count=12):
     """-> `count` noise levels, and the latents (count,...) that the denoiser expects; last, the sample"""
     trace = []
-    trace.append((0.0, sample(denoiser, [seed], steps, trace)))
+    trace.append((0.0, sample(denoiser, [seed], steps, trace=trace)))
     chosen = torch.linspace(0, len(trace) - 1, min(count, len(trace))).round().long().tolist()
     return [trace[k][0] for k in chosen], torch.cat([trace[k][1] for k in chosen])
 
 
 def walk(denoiser, pair, steps=0, count=8):
     """Samples of noise between two seeds' -> latents (count,...)"""
-    return sample(denoiser, [(*pair, share) for share in torch.linspace(0, 1, count).tolist()], steps)
+    return sample(denoiser, [between(*pair, share) for share in torch.linspace(0, 1, count).tolist()], steps)
+
+
+def between(a, b, share):
+    """Noise on the way from seed a's to seed b's, on a circle: cos and sin times independent N(0, I) add up
+    to N(0, I).  A straight line would shrink it halfway, and the denoiser has never seen such noise."""
+    one, other, angle = noise_of(a), noise_of(b), share * math.pi / 2
+    return lambda shape: math.cos(angle) * one(shape) + math.sin(angle) * other(shape)
 
 
 def gallery(model, names, latents, labels, denoiser=None, pair=None, steps=0):
