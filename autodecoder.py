@@ -47,7 +47,7 @@ class Config:
     code_width: int = 256                # numbers in a code (at least 1)
     latent_resolution: int = 8           # voxels along a side of the latent volume (at least 1)
     latent_channels: int = 16            # numbers in a latent voxel (at least 1)
-    channels: tuple = (64, 32)           # widths of G2's levels; each further one doubles it (at least 1)
+    channels: tuple = (64, 32)           # widths of G2's levels; each but the first doubles it (at least 1)
     # rendering
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first
@@ -87,7 +87,7 @@ PRESETS = {
                   samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5, fit_steps=5,
                   fit_objects=2),
     # Choices of the paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small
-    # latent.  (Its other flaws are exercises: see lab/README.md)
+    # latent.  (One more of them is exercise 2 of lab/README.md)
     "notebook": dict(latent_resolution=4, channels=(32, 16, 16), mask_weight=0.0, foreground=0.0,
                      batch_objects=1, batch_views=1, code_decay=0.0),
 }

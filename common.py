@@ -153,8 +153,8 @@ def camera_to_world_at(azimuth, elevation, distance):
 
 
 def intrinsics_at(size, focal=131.25):
-    """(3,3) float64.  `focal` is in pixels at 128 px: SRN's, by which [-0.5, 0.5]^3 fills 85 % of a frame at
-    the usual distance of 1.3."""
+    """(3,3) float64.  `focal` is in pixels at 128 px: SRN's.  A ball of diameter 1 then fills 85 % of the
+    frame at the usual distance of 1.3."""
     f = focal * size / 128
     return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
 
@@ -228,8 +228,8 @@ def save_checkpoint(file, state):
 
 
 def load_checkpoint(file):
-    """What save_checkpoint wrote, on the CPU, verified.  The zip's checksums miss a flipped bit in its
-    directory, by which torch fills a tensor with whatever lies in memory: so a digest is compared too."""
+    """What save_checkpoint wrote, on the CPU, verified.  The zip's checksums do not cover its directory.  A
+    bit flipped there makes torch fill a tensor with random memory: so a digest is compared too."""
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():
@@ -291,8 +291,8 @@ class Run:
     def __init__(self, folder, stage, config, recipe, name="config.json",
                  stale=("last.pt", "previous.pt", "log.jsonl", "previews")):
         """recipe: the names of the config's fields that must agree with what is in the folder already;
-        stale: what the run writes there, and --fresh throws away.  Nothing is written or deleted before
-        `with run:`, when all checks are done."""
+        stale: what the run writes there, and --fresh throws away.  Before `with run:`, when all checks are
+        done, only the lock is written and nothing is deleted."""
         self.folder, self.config, self.stopping = Path(folder), asdict(config), None
         self.fresh, self.stale = self.config.get("fresh", False), [self.folder / some for some in stale]
         self.file = self.folder / name

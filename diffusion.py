@@ -20,7 +20,7 @@ in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
 run  python diffusion.py                                      3.5 min on two cores (row D1): no copies
      python diffusion.py --mix 0 --steps 6000 --out runs/copies   a lesson: 28 % of the samples are copies
-     python diffusion.py --formulation ddpm --steps 6500 --out runs/ddpm    the paper's DDPM (row D13)
+     python diffusion.py --formulation ddpm --steps 6500 --out runs/ddpm    DDPM (compare rows D12 to D14)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, code_mixtures, main.
 """
 import copy
@@ -50,7 +50,7 @@ class Config:
     components: int = 240                # principal components that the network works in (at least 1)
     shuffle: bool = False                # a control: each number of a latent comes from another object
     # the noise, and the network that removes it
-    formulation: str = "edm"             # edm | ddpm: ddpm needs 1.6 times the steps (rows D12, D13)
+    formulation: str = "edm"             # edm | ddpm: ddpm needs 1.6 times the steps (D12 to D14)
     low: float = 0.1                     # the least sigma, in deviations of the latents (from 0.0001 to 10)
     width: int = 1024                    # hidden units (at least 1)
     layers: int = 3                      # hidden layers
@@ -60,7 +60,7 @@ class Config:
     batch: int = 256                     # latents in a step (at least 1)
     lr: float = 1e-3                     # learning rate, at its highest
     lr_floor: float = 0.01               # at the end, as a share of the highest (from 0 to 1)
-    ema: float = 0.999                   # of the averaged weights, which sample; it ramps up (from 0 to 1)
+    ema: float = 0.999                   # decay of the averaged weights, which sample (from 0 to 1)
     seed: int = 0                        # of the weights, the mixtures and the batches
     device: str = "auto"                 # auto, cpu or cuda
     # housekeeping
@@ -84,8 +84,8 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 class RobustNorm(nn.Module):
     """(latent - centre - median) / (0.7413 x inter-quartile range), per channel        (3DADM, section 3.4)
 
-    Latents are bell-shaped with long tails.  The tails would make a standard deviation; 0.7413 times the
-    inter-quartile range is the deviation of a bell without them.  The centre is ours: it is the mean object,
+    Latents are bell-shaped with long tails.  The tails would inflate a standard deviation.  0.7413 times the
+    inter-quartile range ignores them; for a bell both are equal.  The centre is ours: it is the mean object,
     voxel by voxel.  Without it most of each latent is what all objects share."""
 
     def __init__(self, shape):
@@ -131,7 +131,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x, level):
-        """x (B,K), level (B,) -> (B,K)"""
+        """x (B,K), level = log(sigma) / 4 (B,) -> (B,K)"""
         h = self.enter(torch.cat([x, level_embedding(level, self.half)], 1))
         for layer in self.hidden:
             h = h + layer(h)
@@ -254,20 +254,20 @@ def choose_levels(points, least, generator):
 def denoising_loss(denoiser, z, noise, u):
     """z and noise (B,K), u (B,) in [0, 1): the place of each one's level -> (B,)
 
-    DDPM (Ho et al. 2020) writes x' = sqrt(a) z + sqrt(1 - a) n, and its network predicts n.  Divide x' by
+    DDPM (Ho et al. 2020; a: their alpha-bar) has x' = sqrt(a) z + sqrt(1 - a) n and predicts n.  Divide x' by
     sqrt(a): it is our x = z + sigma n with sigma^2 = (1 - a) / a.  Predicting n is predicting z, because
     n = (x - z) / sigma.  So one denoiser serves both formulations.  Three things differ:
 
                  which sigmas               weight of |D - z|^2                   which sampler
-        DDPM     one of the 1,000 levels    1 / sigma^2, from |n' - n|^2          ancestral: noise each step
+        DDPM     one of the 1,000 levels    1 / sigma^2, from the error in n      ancestral: noise each step
         EDM      any between them           1 / sigma^2 + 1 / deviation^2         Heun: noise only at first
-    DDPM's weight is small at large sigma, where the choice between objects happens.  It learns that late."""
+    DDPM's weight is small at large sigma, where the choice between objects happens: it learns that late."""
     if denoiser.config.formulation == "ddpm":
-        sigma = denoiser.levels[(u * LEVELS).long(), None]
+        sigma = denoiser.levels[(u * LEVELS).long().clamp(max=LEVELS - 1), None]     # u may round up to 1
         weight = 1 / sigma ** 2
     else:
         sigma = denoiser.level(u)[:, None]
-        weight = 1 / sigma ** 2 + 1 / denoiser.deviation ** 2            # = 1 / c_out^2: alike at all levels
+        weight = 1 / sigma ** 2 + 1 / denoiser.deviation ** 2         # = 1 / c_out^2: the network's own error
     error = denoiser.denoise(z + sigma * noise, sigma) - z
     return (weight * denoiser.importance * error.square()).mean(1)
 
@@ -307,12 +307,12 @@ def noise_of(seed):
 def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     """One latent for each seed, the same in any batch -> (B,C,r,r,r).  A seed may also be a function that
     draws noise.  A list `trace` gets (sigma, latents expected) for each step."""
-    walk, most = SAMPLERS[sampler or ("heun" if denoiser.config.formulation == "edm" else "ancestral")]
+    walk, usual = SAMPLERS[sampler or ("heun" if denoiser.config.formulation == "edm" else "ancestral")]
     draws = [seed if callable(seed) else noise_of(seed) for seed in seeds]
     draw = lambda: torch.stack([one(denoiser.deviation.shape) for one in draws]).to(denoiser.levels)
 
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
-    sigmas = denoiser.level(torch.linspace(1, 0, steps or most).to(denoiser.levels))
+    sigmas = denoiser.level(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
     for sigma, clean, x in walk(denoiser, x, sigmas, draw):
         if trace is not None:
@@ -356,7 +356,7 @@ def nearest(latents, training, itself=False):
 
 
 def fingerprint(model):
-    return digest(model.state_dict())             # tells one trained autodecoder from any other, to the last bit
+    return digest(model.state_dict())          # tells one trained autodecoder from any other, to the last bit
 
 
 # -------------------------------------------------------------------------------------------------- pictures

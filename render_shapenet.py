@@ -64,7 +64,7 @@ class Config:
 
 
 DISTANCE = 1.3          # camera to the object's centre.  The object's diagonal is 1; with SRN's focal length
-                        # (common.intrinsics_at) it fills 85 % of the frame.  All later stages look from here
+                        # (common.intrinsics_at) it fills at most 85 % of a photo.  All stages look from here
 # Photos made with other values of these do not belong in the same folder
 RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample", "max_elevation", "thin",
           "renderer", "seed")

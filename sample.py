@@ -17,9 +17,9 @@ Whether samples are *good* is the lab's question: python -m lab.evaluate.
 
 in   runs/diffusion/last.pt and the autodecoder it was trained on; without them the model in pretrained/
 out  samples/     viewer.html (open it in a browser), sheet.png, figure3.png, report.txt, report.json;
-                  beside.png (yours above those of the model in the box, once you have trained);
+                  beside.png (yours above those of the model in pretrained/, once you have trained);
                   views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
-run  python sample.py                                 half a minute on two cores; 0.003 s of it a sample
+run  python sample.py                                 half a minute on two cores; 0.003 s to denoise a sample
      python sample.py --count 64 --seed 1000 --views 0
 read Config, novelty, main; then load_models, contact_sheet.
 """
@@ -227,13 +227,14 @@ def main(argv=None):
     views = render_views(model, latents, cameras(ANGLES), SIZE)
     trained = render_views(model, training, cameras(ANGLES), SIZE)
     save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, names))
-    own = Path(config.diffusion, "last.pt").exists() and Path(config.diffusion).resolve().parent != BOX
-    if own and (BOX / "diffusion/last.pt").exists():
+    own = Path(config.diffusion, "last.pt").exists() and not BOX.samefile(Path(config.diffusion).parent)
+    own = own and (BOX / "diffusion/last.pt").exists()
+    if own:
         save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
 
     # To take away: novel views with their cameras, meshes, and a page that shows it all.  Those of an earlier
     # model must not stay beside the new
-    for old in (out / "views").glob("seed_??????"):
+    for old in (out / "views").glob("seed_*"):
         shutil.rmtree(old, ignore_errors=True)
     for k, latent in enumerate(latents) if config.views else ():
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)

@@ -253,7 +253,7 @@ def any_of_eight(mask):
 
 
 def blocks_around(occupied):
-    """(B,n,n,n) bool -> (B,m,m,m), m = n/2: is any of a block's 2^3 cells True, or any of its neighbours'?"""
+    """(B,n,n,n) bool -> (B,m,m,m), m = n/2 rounded up: is any cell True in a 2^3 block or its neighbours?"""
     blocks = any_of_eight(F.pad(occupied, (0, 1 + occupied.shape[-1] % 2) * 3))[:, ::2, ::2, ::2]
     return any_of_eight(any_of_eight(F.pad(blocks, (1,) * 6)))
 
@@ -267,8 +267,8 @@ def render_sparse(volume, origins, directions, bins, samples, place, field, occu
     o = (origins + 0.5).mul(N).add(0.5).view(-1, 3).T.contiguous()                          # (3,BR) in cells
     d = (directions * N).view(-1, 3).T.contiguous()
 
-    # First whole runs of bins are dropped, by a coarse grid of blocks.  A run's middle is at most half a run
-    # from its ends, and a block knows its neighbours
+    # First whole runs of bins are dropped, by a coarse grid of blocks.  A run ends at most one block from its
+    # middle, and a block counts its neighbours: so the middle alone decides
     longest = max(1, 4 / N * samples / math.sqrt(3))
     run = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= longest)
     middle = (torch.arange(samples // run, device=device) + 0.5) * run                      # (G,)
@@ -300,7 +300,7 @@ def render_sparse(volume, origins, directions, bins, samples, place, field, occu
 
 
 def is_in(mask, owner, origin, direction, t):
-    """mask (B,n,n,n) bool; owner; rays (3,...) in units of its cells; t (...) -> bool: the cell's at t"""
+    """mask (B,n,n,n) bool; owner; rays (3,...) in units of its cells; t (...) -> bool: the mask at t"""
     n = mask.shape[-1]
     index = owner                                             # 32 bits: half the memory of PyTorch's habit
     for axis in (2, 1, 0):                                                                  # z, y, x

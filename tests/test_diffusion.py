@@ -212,6 +212,14 @@ def test_the_loss_is_that_of_the_papers(formulation):
     assert torch.allclose(ours, expected, rtol=1e-9)
 
 
+def test_a_place_that_rounds_up_to_1_is_the_last_level():
+    """float32: (1023 + 0.99999) / 1024 is 1"""
+    denoiser = with_network(torch.tensor([1.0, 2.0]), Seen(), "ddpm").float()
+    u = (torch.tensor([1023.0]) + 0.99999) / 1024
+    assert u.item() == 1
+    assert stage.denoising_loss(denoiser, torch.ones(1, 2), torch.ones(1, 2), u).isfinite().all()
+
+
 def test_heun_converges_at_second_order_on_a_gaussian():
     """A network that says 0 leaves the ideal denoiser of a Gaussian, D(x) = c_skip x"""
     deviation, errors = torch.tensor([0.5, 4.0, 20.0], dtype=torch.float64), []
