@@ -227,8 +227,8 @@ def main(argv=None):
     views = render_views(model, latents, cameras(ANGLES), SIZE)
     trained = render_views(model, training, cameras(ANGLES), SIZE)
     save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, names))
-    own = Path(config.diffusion, "last.pt").exists() and not BOX.samefile(Path(config.diffusion).parent)
-    own = own and (BOX / "diffusion/last.pt").exists()
+    own = Path(config.diffusion, "last.pt").exists() and (BOX / "diffusion/last.pt").exists()
+    own = own and not BOX.samefile(Path(config.diffusion).parent)
     if own:
         save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
 
