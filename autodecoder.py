@@ -47,7 +47,7 @@ class Config:
     code_width: int = 256                # numbers in a code (at least 1)
     latent_resolution: int = 8           # voxels along a side of the latent volume (at least 1)
     latent_channels: int = 16            # numbers in a latent voxel (at least 1)
-    channels: tuple = (64, 32)           # widths of G2's levels; each but the first doubles it (at least 1)
+    channels: tuple = (64, 32)           # widths of G2's levels; a second one doubles the side (at least 1)
     # rendering
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first

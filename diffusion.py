@@ -18,7 +18,7 @@ There are 72 latents of 8,192 numbers each.  Three things follow, and each is a 
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                                      3.5 min on two cores (row D1): no copies
+run  python diffusion.py                                      3.5 min on two cores: no copies (rows D1, D14)
      python diffusion.py --mix 0 --steps 6000 --out runs/copies   a lesson: 28 % of the samples are copies
      python diffusion.py --formulation ddpm --steps 6500 --out runs/ddpm    DDPM (compare rows D12 to D14)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, code_mixtures, main.

@@ -1,7 +1,7 @@
 """
 Does a kill -9 at any moment cost more than time?  All stages, the viewer and the lab each run once
-undisturbed, and once killed at twenty random moments and started again by the same command; then all that they
-wrote is compared, bit for bit.  Not a test of CI: it takes a while.
+undisturbed, and once killed at twenty random moments and started again by the same command; then all that
+they wrote is compared, bit for bit.  Not a test of CI: it takes a while.
 
     python tests/kill.py                 20 kills of each, and what came of them
     python tests/kill.py --times 5
@@ -55,7 +55,7 @@ def same_files(a, b):
     files = lambda folder: {path.relative_to(folder): path for path in folder.rglob("*")
                             if path.is_file() and not path.name.startswith(".")}
     ours, theirs = files(a), files(b)
-    content = lambda path, folder: path.read_bytes().replace(str(folder).encode(), b"OUT")      # configs name it
+    content = lambda path, folder: path.read_bytes().replace(str(folder).encode(), b"OUT")   # configs name it
     return ours.keys() == theirs.keys() and all(content(ours[name], a) == content(theirs[name], b)
                                                 for name in ours)
 
@@ -81,10 +81,10 @@ def main(argv=None):
                                                  "--data", str(folder / "0_whole/earphones_train")]),
             "2": (same_checkpoints, lambda out: ["diffusion.py", *small, "--steps", "600", "--out", out,
                                                  "--autodecoder", str(folder / "1_whole")]),
-            "3": (same_files, lambda out: ["sample.py", *trained, "--count", "2", "--views", "4", "--size", "32",
-                                           "--out", out]),
-            "viewer": (same_files, lambda out: ["-m", "viewer.export", *trained, "--count", "2", "--sheet", "4",
-                                                "--frames", "4", "--level", "1", "--out", out]),
+            "3": (same_files, lambda out: ["sample.py", *trained, "--count", "2", "--views", "4",
+                                           "--size", "32", "--out", out]),
+            "viewer": (same_files, lambda out: ["-m", "viewer.export", *trained, "--count", "2",
+                                                "--sheet", "4", "--frames", "4", "--level", "1", "--out", out]),
             "lab": (same_files, lambda out: ["-m", "lab.evaluate", "--preset", "smoke", *trained,
                                              "--cache", out + "/cache", "--out", out])}
         for stage, (equal, command) in stages.items():
