@@ -7,19 +7,23 @@ There is no encoder.  A code is found by gradient descent on its numbers: togeth
 training objects, and with the decoder frozen for new objects (fit_codes).  G has two halves, because stage 2
 diffuses what lies between them:
 
-    code e (256) --G1--> latent volume (16 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
+    code e (259) --G1--> latent volume (16 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
+
+A code has three parts: 128 numbers for the shape, 128 for the colours, 3 for stretches along x, y and z.  They
+come apart because stage 1 makes photos that nobody took.  Object i in the colours of object k: in ambient
+light a photo shows the materials' colours alone, so its colours can be exchanged.  And object i wider or
+taller: the same photos, along stretched rays.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
 run  python autodecoder.py                                       72 objects: 31.34 dB, 6 to 11 min (row A1)
-     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB, Figure 2
-     python autodecoder.py --fit data/earphones_test --views 2       new objects, from two photos each
+     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB (row A3)
+     python -m chapters.few_views --views 2                          new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
-read Config, Autodecoder, draw_batch, reconstruction_loss, main; then fit_codes.
+read Config, Autodecoder, draw_batch, recolouring, reconstruction_loss, main; then fit_codes.
 """
 import json
 import math
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +37,8 @@ import render_shapenet
 from common import (BETAS, CLIP, Run, UserError, command, learning_rate_share, load_stage, parse_config,
                     pick_device, save_figure, save_preview, save_text, saved_config)
 from shapes.photos import kinds_of, read_photos
-from volume_render import draw_pipeline, occupancy, pixel_rays, render, render_view, truth_and_ours
+from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
+                           truth_and_ours)
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Config:
     size: int = 64                       # pixels along a photo's side (at least 8)
     holdout_views: int = 8               # the last photos of each object are not trained on: they measure it
     # the decoder
-    code_width: int = 256                # numbers in a code (at least 1)
+    shape_width: int = 128               # numbers in a code that say the shape (at least 1)
+    colour_width: int = 128              # and numbers that say the colours (at least 1)
     latent_resolution: int = 8           # voxels along a side of the latent volume (at least 1)
     latent_channels: int = 16            # numbers in a latent voxel (at least 1)
     channels: tuple = (64, 32)           # widths of G2's levels; a second one doubles the side (at least 1)
@@ -62,6 +68,10 @@ class Config:
     lr_floor: float = 0.03               # of both at the end, as a share of the highest (from 0 to 1)
     mask_weight: float = 0.1             # weight of the opacity's squared error
     code_decay: float = 1e-4             # weight of the codes' mean square: keeps them near each other
+    # photos that nobody took
+    recolour: float = 0.5                # share of a step's objects in another one's colours (from 0 to 1)
+    stretched: float = 0.5               # share that is stretched, at first; at the end a fifth (from 0 to 1)
+    stretch: float = 0.18                # log of the largest stretch along an axis (from 0.01 to 1)
     precision: str = "auto"              # auto | bf16 | float32: of the convolutions; auto asks the hardware
     seed: int = 0                        # of the weights, the codes and the batches
     device: str = "auto"                 # auto, cpu or cuda
@@ -70,29 +80,20 @@ class Config:
     preview_every: int = 500             # steps between previews and held-out PSNR (at least 1)
     save_every: int = 250                # steps between checkpoints (at least 1)
     fresh: bool = False                  # throw away the run in --out and start over
-    # new objects
-    fit: str = ""                        # a folder of unseen objects: fit their codes, train nothing
-    views: int = 2                       # photos per object used for fitting; 0: all but the last 8
-    fit_objects: int = 24                # how many of the folder's objects; 0: all
-    fit_steps: int = 400                 # gradient steps for each batch of codes (at least 1)
-    fit_lr: float = 0.1                  # learning rate, for codes in units of the training codes' deviation
-    fit_decay: float = 1e-3              # pull towards the training codes' mean; matters with few views
 
 
 PRESETS = {
     "cpu": {},
     "gpu": dict(size=128, channels=(128, 64, 32), rays=32768, samples=96, steps=12000, dense_steps=1000,
                 preview_every=2000, save_every=1000),
-    "smoke": dict(size=32, objects=4, steps=40, channels=(16,), code_width=16, rays=512, batch_objects=2,
-                  samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5, fit_steps=5,
-                  fit_objects=2),
+    "smoke": dict(size=32, objects=4, steps=40, channels=(16,), shape_width=8, colour_width=8, rays=512,
+                  batch_objects=2, samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5),
     # Choices of the paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small
     # latent.  (One more of them is exercise 2 of lab/README.md)
     "notebook": dict(latent_resolution=4, channels=(32, 16, 16), mask_weight=0.0, foreground=0.0,
-                     batch_objects=1, batch_views=1, code_decay=0.0),
+                     batch_objects=1, batch_views=1, code_decay=0.0, recolour=0.0, stretched=0.0),
 }
-FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "fit", "views", "fit_objects",
-        "fit_steps", "fit_lr", "fit_decay")          # knobs that may change when a run is resumed
+FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   # may change on resume
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -122,11 +123,12 @@ class Autodecoder(nn.Module):
     def __init__(self, config, objects):
         super().__init__()
         self.config, widths, first = config, config.channels, config.channels[0]
-        self.codes = nn.Parameter(0.1 * torch.randn(objects, config.code_width))
+        self.shapes = nn.Parameter(0.1 * torch.randn(objects, config.shape_width))
+        self.colours = nn.Parameter(0.1 * torch.randn(objects, config.colour_width))
 
         # G1: the code is spread over 4^3 voxels, enlarged to the latent's resolution, and narrowed to its few
         # channels.  Stage 2 will diffuse these: the fewer, the easier
-        self.spread = nn.Linear(config.code_width, first * 4 ** 3)
+        self.spread = nn.Linear(config.shape_width + config.colour_width + 3, first * 4 ** 3)
         self.g1 = nn.Sequential(Block(first), nn.Conv3d(first, config.latent_channels, 1))
 
         # G2: one block at each level.  Between two levels the channels are narrowed *before* the resolution
@@ -144,8 +146,18 @@ class Autodecoder(nn.Module):
         with torch.no_grad():
             self.leave[-1].bias[:8].fill_(BORN)
 
+    def code(self, s, a, stretch):
+        """Shapes of objects s and colours of objects a (B,), log stretches (B,3) -> codes (B,W)"""
+        return torch.cat([self.shapes[s], self.colours[a], stretch / self.config.stretch], 1)
+
+    @property
+    def codes(self):
+        """The objects as they are: each in its own colours, not stretched -> (N,W)"""
+        every = torch.arange(len(self.shapes), device=self.shapes.device)
+        return self.code(every, every, self.shapes.new_zeros(len(every), 3))
+
     def to_latent(self, codes):
-        """G1: (B,code_width) -> (B,C,r,r,r)"""
+        """G1: (B,W) -> (B,C,r,r,r)"""
         x = self.spread(codes).view(len(codes), -1, 4, 4, 4)
         return self.g1(packed(resize(x, self.config.latent_resolution)))
 
@@ -162,7 +174,7 @@ class Autodecoder(nn.Module):
         return F.softplus(GAIN * channels[..., 0]), torch.sigmoid(channels[..., 1:4])
 
     def volumes_of(self, codes):
-        """G2(G1(codes)), with fast convolutions: (B,code_width) -> (B,4,D,H,W)"""
+        """G2(G1(codes)), with fast convolutions: (B,W) -> (B,4,D,H,W)"""
         with fast_precision(self.config, codes.device):
             return self.to_volume(self.to_latent(codes))
 
@@ -226,6 +238,48 @@ def draw_batch(photos, config, views, generator, objects=None):
     return objects, origins, directions, rgb, mask
 
 
+def recolouring(palettes, i, k):
+    """How to paint objects i in the colours of objects k: c -> A c + b, with A (B,3,3) and b (B,3)
+
+    A palette is the mean and the covariance of an object's colours.  Painted so, the colours of i have the
+    palette of k.  Many maps do that; this one moves the colours least (Monge's, between two Gaussians)."""
+    mean, covariance = palettes
+    root, inverse = power(covariance[i], 0.5), power(covariance[i], -0.5)
+    A = inverse @ power(root @ covariance[k] @ root, 0.5) @ inverse
+    return A, mean[k] - (A @ mean[i][..., None])[..., 0]
+
+
+def power(matrix, exponent):
+    """Of symmetric positive matrices (...,n,n)"""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
+
+
+def photos_nobody_took(objects, batch, palettes, extents, config, share, generator):
+    """A batch, of which some objects are painted in others' colours, and a share of them stretched
+    -> whose colours (B,), log stretches (B,3), batch"""
+    origins, directions, rgb, opacity = batch
+    B = len(objects)
+
+    # A photo is opacity x colour + (1 - opacity) x white: only the first part is painted
+    others = torch.randint(len(extents), (B,), generator=generator)
+    whose = torch.where(torch.rand(B, generator=generator) < config.recolour, others, objects)
+    A, b = recolouring(palettes, objects, whose)
+    white = 1 - opacity[..., None]
+    painted = (rgb - white) @ A.mT + opacity[..., None] * b[:, None] + white
+    rgb = torch.where((whose == objects)[:, None, None], rgb, painted.clamp(0, 1))
+
+    # A world that is stretched by the diagonal matrix D looks the same along stretched rays, (D o, D d).  The
+    # three stretches are scaled together, so that the bounding box's diagonal stays 1, as all objects have it
+    stretch = config.stretch * (2 * torch.rand(B, 3, generator=generator) - 1)
+    extent = extents[objects]
+    longer = (stretch.exp() * extent).norm(dim=1, keepdim=True) / extent.norm(dim=1, keepdim=True)
+    chosen = torch.rand(B, 1, generator=generator) < share
+    stretch = torch.where(chosen, stretch - longer.log(), torch.zeros(()))
+    D = stretch.exp()[:, None]                                                                  # (B,1,3)
+    return whose, stretch, (origins * D, directions * D, rgb, opacity)
+
+
 def reconstruction_loss(model, volume, batch, config, generator, skip_empty, has_masks):
     """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed)"""
     origins, directions, target, opacity = batch
@@ -246,53 +300,16 @@ def on_device(generator, device):
 
 # ------------------------------------------------------------------------------------------------- measuring
 
-MEASURES = ("ours", "ours_fg", "white", "white_fg", "mean", "mean_fg", "haze")
-
-
-def psnr(picture, truth, mask=None):
-    """Peak signal-to-noise ratio in dB, higher is better; over the pixels of a mask, if there is one."""
-    error = (picture - truth).square().mean(-1)
-    error = error[mask] if mask is not None else error
-    return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
-
-
-@torch.no_grad()
-def score_views(model, codes, photos, objects, views, mean_photo):
-    """These views of these objects, whose codes are given -> a dict per view: PSNR of ours, of a white
-    picture and of the mean photo, over the full picture and over the object; and our opacity far from it."""
-    rows = []
-    for o, code in zip(objects, codes):
-        volume = model.volumes_of(code[None])
-        for v in views:
-            rgb, alpha, _ = render_view(model, volume, photos.pose[o, v], photos.intrinsics[o], photos.size)
-            truth, mask = photos.rgb[o, v].float() / 255, photos.mask[o, v] > 127
-            # A white picture scores well too, because most of a photo is white: so it stands beside ours
-            pictures = (rgb, torch.ones_like(rgb), mean_photo)
-            numbers = [psnr(p, truth, m) for p in pictures for m in (None, mask)]
-            beyond = F.max_pool2d((photos.mask[o, v] > 0).float()[None, None], 5, 1, 2)[0, 0] == 0
-            rows.append({"object": o, **dict(zip(MEASURES, [*numbers, alpha[beyond].mean().item()]))})
-    return rows
-
-
-def mean_of(rows, key):
-    return torch.tensor([row[key] for row in rows], dtype=torch.float64).nanmean().item()
-
-
 def table(rows, kinds):
-    """The closing table: means by kind of object, ours beside a white picture and the mean training photo."""
-    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   {'mean photo':>13}   "
-             f"{'opacity beyond 2 px':>19}"]
+    """The closing table: means by kind of object, ours beside a white picture."""
+    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   {'opacity beyond 2 px':>19}"]
     for kind in [*sorted(set(kinds)), "all"]:
         chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
-        m = {key: mean_of(chosen, key) for key in MEASURES}
+        m = {key: mean_of(chosen, key) for key in chosen[0]}
         count = len({row["object"] for row in chosen})
-        pairs = "   ".join(f"{m[key]:5.2f} / {m[key + '_fg']:5.2f}" for key in ("ours", "white", "mean"))
+        pairs = "   ".join(f"{m[key]:5.2f} / {m[key + '_fg']:5.2f}" for key in ("ours", "white"))
         lines.append(f"{kind:<16} {count:>3} objects   {pairs}   {m['haze']:>19.4f}")
     return "\n".join(lines)
-
-
-def mean_photo(photos, views):
-    return photos.rgb[:, views].float().mean((0, 1)) / 255
 
 
 def plot_log(folder, ylabel, **labels):
@@ -319,8 +336,6 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     """A chapter may train a decoder of its own by this loop, with a Config that adds knobs to this one."""
     config = parse_config(Config, presets, argv)
     device = pick_device(config.device)
-    if config.fit:
-        return fit(config, device)
 
     # The photos.  The last ones of each object are held out
     if not Path(config.data).exists() and config.data == Config.data:
@@ -337,8 +352,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     run = Run(config.out, Decoder.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
     torch.manual_seed(config.seed)
     model = Decoder(config, len(photos.names)).to(device)
-    decoder = [p for name, p in model.named_parameters() if name != "codes"]
-    optimizer = torch.optim.Adam([{"params": decoder}, {"params": [model.codes]}], betas=BETAS)
+    codes = [model.shapes, model.colours]
+    decoder = [p for name, p in model.named_parameters() if name not in ("shapes", "colours")]
+    optimizer = torch.optim.Adam([{"params": decoder}, {"params": codes}], betas=BETAS)
     state, step = run.load(), 0
     if state:
         if state["names"] != photos.names:
@@ -350,26 +366,33 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
         print(f"going on from step {step} of {config.out}/last.pt")
     print(f"{len(photos.names)} objects, {len(train_views)} views each to train and {len(test_views)} held "
           f"out; decoder of {sum(p.numel() for p in decoder) / 1e6:.2f} M parameters")
-    average = mean_photo(photos, train_views)
+    if config.recolour and not photos.has_masks:
+        print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
+        config.recolour = 0.0
+    palettes, extents = photos.palettes(train_views), photos.extents(train_views)
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
         while step < config.steps:
             # Schedule
-            share = learning_rate_share(step, config.steps, config.lr_floor)
+            rates = learning_rate_share(step, config.steps, config.lr_floor)
             for group, rate in zip(optimizer.param_groups, (config.decoder_lr, config.code_lr)):
-                group["lr"] = rate * share
+                group["lr"] = rate * rates
 
             # Batch.  All that is random follows from (seed, step): resuming needs the step's number alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            objects, *batch = [t.to(device) for t in draw_batch(photos, config, train_views, generator)]
+            objects, *batch = draw_batch(photos, config, train_views, generator)
+            share = config.stretched * (1 - 0.8 * step / config.steps)
+            whose, stretch, batch = photos_nobody_took(objects, batch, palettes, extents, config, share,
+                                                       generator)
+            stretch, *batch = [t.to(device) for t in (stretch, *batch)]
 
             # Loss: decode the codes, render the rays, compare
-            volume = model.volumes_of(model.codes[objects])
+            volume = model.volumes_of(model.code(objects, whose, stretch))
             skip_empty, jitter = step >= config.dense_steps, on_device(generator, device)
             loss, photo, alpha = reconstruction_loss(model, volume, batch, config, jitter, skip_empty,
                                                      photos.has_masks)
-            loss = loss + config.code_decay * model.codes.square().mean()
+            loss = loss + config.code_decay * sum(half.square().mean() for half in codes) / 2
 
             # Step.  One that is not finite is left out
             optimizer.zero_grad()
@@ -382,9 +405,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
                 run.log(step, config.steps, loss=loss.item(), psnr=-10 * math.log10(photo.item() + 1e-10),
-                        alpha=alpha.item(), lr=share * config.decoder_lr)
+                        alpha=alpha.item(), lr=rates * config.decoder_lr)
             if step % config.preview_every == 0 or step == config.steps:
-                rows = score_views(model, model.codes[shown], photos, shown, test_views[:4], average)
+                rows = score_views(model, model.codes[shown], photos, shown, test_views[:4])
                 full, foreground = mean_of(rows, "ours"), mean_of(rows, "ours_fg")
                 run.log(step, config.steps, show=False, heldout=full, heldout_foreground=foreground)
                 run.say(f"step {step}: held-out views of {len(shown)} objects: {full:.2f} dB, "
@@ -397,73 +420,45 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
             run.stop_if_asked(step)
 
     # The numbers: all held-out views of all objects
-    rows = score_views(model, model.codes, photos, range(len(photos.names)), test_views, average)
+    rows = score_views(model, model.codes, photos, range(len(photos.names)), test_views)
     text = table(rows, kinds_of(config.data, photos.names))
     print(text)
     save_text(run.folder / "table.txt", text + "\n")
     plot_log(run.folder, "PSNR (dB)", psnr="training rays", heldout="held-out views",
              heldout_foreground="held-out views, foreground")
     draw_pipeline(model, photos, run.folder / "figure1.png")
-    if len(photos.names) == 1:                       # the paper's Figure 2: trained, truth, depth
-        truth, ours, depth = truth_and_ours(model, model.codes, photos, [0], test_views[0])
-        save_preview(run.folder / "figure2.png", torch.stack([ours, truth, depth], 1))
-    print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png, previews/"
-          + ", figure2.png" * (len(photos.names) == 1) + ".  Next: python diffusion.py")
+    print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png, previews/.  "
+          "Next: python diffusion.py")
 
 
 # ----------------------------------------------------------------------------------------------- new objects
 
-def fit_codes(model, photos, views, config, device):
+def fit_codes(model, photos, views, device, steps=400, rate=0.1, decay=1e-3, seed=0):
     """Test-time auto-decoding: codes of unseen objects from the photos `views` (indices) of each, the decoder
-    frozen -> (N,code_width)"""
+    frozen -> (N,W)"""
     # A code is counted in deviations of the training codes, from their mean: a random start often ends badly.
     # The pull back to 0 decides whatever the given photos do not show
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
-    recipe = replace(model.config, rays=config.rays, batch_views=len(views))
-    fitted = []
+    deviation[-3:] = 0.5                     # stretches: training drew them from -1 to 1
+    recipe, fitted = replace(model.config, batch_views=len(views)), []
     for objects in torch.arange(len(photos.names)).split(8):
         z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)
-        optimizer = torch.optim.Adam([z], config.fit_lr)
-        for step in range(config.fit_steps):
-            share = (1 + math.cos(math.pi * step / config.fit_steps)) / 2
-            optimizer.param_groups[0]["lr"] = config.fit_lr * share
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        optimizer = torch.optim.Adam([z], rate)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             batch = [t.to(device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
+
+            # The loss of training, but only the codes may move
             volume = model.volumes_of(mean + deviation * z)
             jitter = on_device(generator, device)
             loss = reconstruction_loss(model, volume, batch, recipe, jitter, True, photos.has_masks)[0]
-            loss = loss + config.fit_decay * z.square().mean()
+            loss = loss + decay * z.square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         fitted.append((mean + deviation * z).detach())
     return torch.cat(fitted)
-
-
-def fit(config, device):
-    """--fit FOLDER: codes for objects that training never saw, from few photos; measured on the others."""
-    model, names = load_autodecoder(config.out, device)
-    if len(names) < 2:
-        raise UserError(f"{config.out} knows one object, and new codes need the spread of several")
-    photos = read_photos(config.fit, model.config.size, config.fit_objects)
-    count = photos.rgb.shape[1]
-    given = config.views or count - 8
-    if not 1 <= given < count:
-        raise UserError(f"--views {config.views}: {config.fit} has {count} photos of each object, of which "
-                        "one is needed to measure by")
-    began = time.time()
-    codes = fit_codes(model, photos, torch.arange(given), config, device)
-    seconds = (time.time() - began) / len(codes)
-    others = torch.arange(max(given, count - 8), count)
-    average = mean_photo(photos, torch.arange(count))
-    rows = score_views(model, codes, photos, range(len(codes)), others, average)
-    print(f"{len(codes)} unseen objects of {config.fit}, codes fitted to {given} photos each in "
-          f"{seconds:.1f} s, measured on {len(others)} others")
-    print(table(rows, kinds_of(config.fit, photos.names)))
-    shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
-    path = Path(config.out, f"fit_{given}_views.png")
-    save_preview(path, truth_and_ours(model, codes[shown], photos, shown, others[0]))
-    print(f"wrote {path}: truth, ours, depth")
 
 
 if __name__ == "__main__":

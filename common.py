@@ -1,23 +1,16 @@
 """
-What every stage shares and no stage is about: conventions, configuration, device, cameras, safe writing,
-progress, pictures.
+What all stages share: conventions, configuration, device, cameras, safe writing, progress, pictures.
 
 Conventions (everything in this project obeys them; data from elsewhere is converted where it is read)
-    world       right-handed, Z up, object centred on the origin, its bounding box's diagonal 1: it fits in
-                [-0.5, 0.5]^3
-    camera      camera_to_world, 4x4, columns are the camera's axes: OpenCV's, +X right, +Y down, +Z forward.
-                The papers call it a pose
-    pixel       (0, 0) is the *corner* of the top-left pixel; pixel (i, j) is seen along (i + 0.5, j + 0.5);
-                cx = W/2
+    world       right-handed, Z up, object centred on 0, its bounding box's diagonal 1: inside [-0.5, 0.5]^3
+    camera      camera_to_world, 4x4 (a "pose"); its columns are OpenCV's axes: +X right, +Y down, +Z forward
+    pixel       (0, 0) is the top-left *corner*; pixel (i, j) is seen along (i + 0.5, j + 0.5); cx = W/2
     intrinsics  3x3, in pixels; for photos at another size scale f, cx, cy by new/old and nothing else
     ray         its direction has camera z = 1, so the ray's parameter t *is* the z-depth
     photo       8-bit RGB on white; mask: 8-bit coverage; colours in [0, 1] once they are floats
-    volume      (B, C, D, H, W), D = z, H = y, W = x over [-0.5, 0.5]^3, voxel centres at (i + 0.5)/N
-                (align_corners=False)
-
-Letters for shapes
-    B objects   V views   R rays   S samples on a ray   C channels
-    D H W voxels (or H W pixels)   N vertices   F faces
+    volume      (B,C,D,H,W), D H W = z y x over [-0.5, 0.5]^3, voxel centres (i + 0.5)/N (align_corners=False)
+    shapes      B objects, V views, R rays, S samples on a ray, C channels, D H W voxels (or H W pixels),
+                N vertices, F faces
 
 read parse_config, camera_to_world_at, Run; the rest when you need it.
 """
@@ -48,51 +41,49 @@ from PIL import Image
 
 class UserError(SystemExit):
     """A mistake that the user can mend.  Python prints its one sentence, without a traceback."""
-
     def __init__(self, message):
-        plain = lambda c: c if c.isprintable() else repr(c)[1:-1]         # names in it may hold anything
+        plain = lambda c: c if c.isprintable() else repr(c)[1:-1]         # file names in it may hold anything
         super().__init__("".join(map(plain, str(message))))
 
 
 # ---------------------------------------------------------------------------------------------- configuration
-
 def parse_config(Config, presets=None, argv=None):
-    """The dataclass at the top of a stage is its command line:  defaults < --preset < flags.
-
-    A field's flag has the field's name, and its trailing comment is the help text.  A comment that opens with
-    `a | b | c:` lists the values allowed.  A wrong flag is an error that names it."""
+    """The dataclass at the top of a stage is its command line: defaults < --preset < flags.  Each field is a
+    flag.  Its trailing comment is the help text; `a | b | c:` at its start lists the values allowed."""
+    # Comments are read from the source.  A chapter's Config inherits fields, so its parents are read too
     presets = presets or {}
-    # A chapter's Config inherits a stage's fields: their comments stand in the parent's source
     sources = [inspect.getsource(parent) for parent in reversed(Config.__mro__[:-1])]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.M))
+    # argparse itself would guess what a shortened flag means, and print the usage of all flags at each error
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = wrong_flag               # argparse's own prints the usage of all flags before its sentence
+    parser.error = wrong_flag
     if presets:
         parser.add_argument("--preset", choices=["auto", *presets], default="auto",
                             help="sets of values for the flags below; auto: gpu where there is one, else cpu")
-
-    # One flag for each field: its type checks the value, its comment explains it
+    # One flag for each field.  SUPPRESS: a default that argparse filled in would overwrite the preset's value
     for field in fields(Config):
         help_text = comments.get(field.name, "")
         choices = re.match(r"([\w.]+(?: \| [\w.]+)+): *", help_text)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        if field.type is tuple:                                   # several whole numbers: --channels 64 32
-            kind = {"type": int, "nargs": "+"}
+        if field.type is tuple:                                   # several numbers: --channels 64 32
+            kind = {"type": type((*field.default, 0)[0]), "nargs": "+"}
         if choices:
             kind["choices"] = [field.type(choice) for choice in choices[1].split(" | ")]
             help_text = help_text[choices.end():]                 # argparse lists them
         default = "" if field.default in ("", ()) else f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
                             help=f"{help_text}{default}".replace("%", "%%"))
-    flags = vars(parser.parse_args(argv))
-
+    dashed = lambda word: re.sub(r"^--(?!no-)[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word)
+    flags = vars(parser.parse_args(list(map(dashed, sys.argv[1:] if argv is None else argv))))  # --shape-of
+    # A preset is a named set of values.  In a dict the later entry wins, so flags overwrite the preset
     preset = flags.pop("preset", None)
     if preset == "auto":
         preset = "gpu" if torch.cuda.is_available() else "cpu"
         if presets.get("gpu") and preset == "gpu":
             print("preset gpu, because there is a GPU; the README's numbers are those of --preset cpu")
     config = Config(**{**presets.get(preset, {}), **flags})
+    # A value that makes no sense is refused now, by its flag's name, and not by a traceback hours later
     for name, value in asdict(config).items():
         check_range(name, value, comments.get(name, ""))
     return config
@@ -100,8 +91,10 @@ def parse_config(Config, presets=None, argv=None):
 
 def check_range(name, value, comment):
     """No number may be negative, infinite or absurd.  Comments say more: "(at least 1)", "(from -9 to 9)"."""
+    # The range is read from the comment, so that the help text and the check cannot disagree
     found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
     low, high = (float(found[1]), float(found[2] or 1e12)) if found else (0, 1e12)
+    # NaN (not a number) fails every comparison, so `not low <= number` refuses it; `number < low` would not
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, (int, float)) and not low <= number <= high:
             raise UserError(f"--{name} {number}: at least {low:g}, at most {high:g} is wanted")
@@ -112,8 +105,8 @@ def wrong_flag(message):
 
 
 def pick_device(name="auto"):
-    """`auto` takes CUDA where there is one.  Apple's MPS lacks float64 and the gradient of a lookup in a 3D
-    volume, so a Mac uses its CPU."""
+    """`auto`, cpu, cuda or cuda:1 -> torch.device.  `auto` takes a CUDA GPU if there is one."""
+    # Apple's MPS lacks float64 and the gradient of a lookup in a 3D volume, so a Mac uses its CPU
     why = "asked for"
     if name == "auto":
         name, why = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
@@ -127,63 +120,61 @@ def pick_device(name="auto"):
 
 
 def command(main):
-    """What `python stage.py` runs.  Ctrl-C ends it with one line, a closed pipe (| head) silently."""
+    """What `python stage.py` runs.  Ctrl-C ends it with one line, a closed pipe (| head) ends it silently."""
     try:
         main()
-        sys.stdout.flush()
+        sys.stdout.flush()                    # here, because a closed pipe must be noticed inside the try
     except KeyboardInterrupt:
         raise UserError("stopped; what was written before is kept") from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes once more at exit
 
 
-# ---------------------------------------------------------------------------------------------------- cameras
-
+# ------------------------------------------------------------------------------------ cameras, learning rates
 def camera_to_world_at(azimuth, elevation, distance):
-    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin with the world's Z
-    upwards in its picture."""
+    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin and sees Z upwards"""
     a, e = math.radians(azimuth), math.radians(elevation)
     outward = [math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)]
     position = distance * torch.tensor(outward, dtype=torch.float64)
+    # `right` follows from the azimuth alone: the usual cross product with Z is zero straight above the object
     forward = -position / position.norm()
-    right = torch.tensor([-math.sin(a), math.cos(a), 0.0], dtype=torch.float64)   # by azimuth alone: no poles
+    right = torch.tensor([-math.sin(a), math.cos(a), 0.0], dtype=torch.float64)
     pose = torch.eye(4, dtype=torch.float64)
     pose[:3, :] = torch.stack([right, torch.linalg.cross(forward, right), forward, position], -1)
     return pose
 
 
 def intrinsics_at(size, focal=131.25):
-    """(3,3) float64.  `focal` is in pixels at 128 px: SRN's.  A ball of diameter 1 then fills 85 % of the
-    frame at the usual distance of 1.3."""
+    """Pixels along a side -> (3,3) float64.  `focal` is in pixels of a 128-pixel photo, as in the SRN data
+    set: a ball of diameter 1 then fills 85 % of the frame at the usual distance of 1.3."""
     f = focal * size / 128
     return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------------------------- training
-
-# Adam's second beta is below the usual 0.999: a rare large gradient is forgotten after a hundred steps.
-BETAS, CLIP = (0.9, 0.99), 1.0                # and gradients longer than CLIP are shortened to it
+# Adam's second beta is below the usual 0.999, so a rare large gradient is forgotten after a hundred steps.
+BETAS, CLIP = (0.9, 0.99), 1.0                # gradients longer than CLIP are shortened to it
 
 
 def learning_rate_share(step, steps, floor):
-    """The share of the highest learning rate at this step: a linear warm-up over the first 5 % of the steps,
-    times half a cosine from 1 down to the floor."""
+    """The share of the highest learning rate at this step: a linear warm-up times a falling half cosine"""
+    # In the first 5 % Adam knows little of the gradients yet.  At the end small steps average out their noise
     cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
     return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
 
-# ----------------------------------------------------------------------------------------------- safe writing
-
+# ------------------------------------------------------------------------------- safe writing and checkpoints
 @contextmanager
 def atomic_file(path):
     """Write to the path given; the file then appears whole or not at all.  A full disk is one sentence."""
+    # A kill in the middle of writing damages only the temporary file.  Renaming is a single step
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "r+b") as file:        # (+: Windows syncs only what it may write)
-            os.fsync(file.fileno())                 # else a power cut can leave the new name on an empty file
+        # Without fsync a power cut can leave the new name on an empty file.  (Windows wants r+ for it)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
@@ -196,8 +187,6 @@ def save_text(path, text):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
 # The errors that zipfile, pickle and torch raise for a file that is no longer whole
 DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile,
           pickle.UnpicklingError, zlib.error)
@@ -205,6 +194,7 @@ DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedE
 
 def digest(thing):
     """A hash of tensors, numbers, strings, lists and dicts of them: every bit of every tensor counts."""
+    # dtype and shape belong to it, because the same bytes of another dtype are other numbers
     if isinstance(thing, torch.Tensor):
         flat = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         content = f"{thing.dtype} {list(thing.shape)}".encode() + flat.numpy().tobytes()
@@ -217,19 +207,21 @@ def digest(thing):
 
 
 def save_checkpoint(file, state):
-    """Tensors, numbers, strings, lists and dicts alone: torch.load's safe default reads them."""
-    content = io.BytesIO()                        # torch.save itself answers a full disk with a C++ assertion
+    """`state` holds only tensors, numbers, strings, lists and dicts: torch.load's safe default reads them."""
+    # Into memory first, because torch.save itself answers a full disk with a C++ assertion
+    content = io.BytesIO()
     torch.save(state | {"digest": digest(state)}, content)
     with atomic_file(file) as temporary:
         temporary.write_bytes(content.getbuffer())
-        damaged = zipfile.ZipFile(temporary).testzip()          # a checkpoint is a zip: a CRC for each member
+        # It is read back before it replaces the last good one.  (It is a zip file, which has checksums)
+        damaged = zipfile.ZipFile(temporary).testzip()
         if damaged:
             raise OSError(f"{damaged} does not read back as written")
 
 
 def load_checkpoint(file):
-    """What save_checkpoint wrote, on the CPU, verified.  The zip's checksums do not cover its directory.  A
-    bit flipped there makes torch fill a tensor with random memory: so a digest is compared too."""
+    """What save_checkpoint wrote, on the CPU, verified"""
+    # weights_only, because a file from a stranger could otherwise run any code while it is read
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():
@@ -240,6 +232,7 @@ def load_checkpoint(file):
     except DAMAGE as error:
         why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UserError(f"{file} is damaged and cannot be read ({why})") from None
+    # The zip's directory has no checksum.  A bit flipped in it makes torch fill a tensor with random memory
     if not isinstance(state, dict) or "digest" not in state:
         raise UserError(f"{file} is no checkpoint of this version of the program: train it again (--fresh)")
     if state.pop("digest") != digest(state):
@@ -249,6 +242,7 @@ def load_checkpoint(file):
 
 def load_newest(folder, say=print):
     """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither."""
+    # It is better to repeat some steps than to lose the run
     last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
     try:
         if last.exists() or not previous.exists():
@@ -275,6 +269,7 @@ def load_stage(folder, what, script, key):
 
 def saved_config(Config, state, folder):
     """The config of a checkpoint.  Its fields must be exactly those of this version's Config."""
+    # With other fields another network could be built than the one whose weights are in the file
     strange = {field.name for field in fields(Config)} ^ set(state["config"])
     if strange:
         raise UserError(f"{folder} was trained by another version of this program, or by a chapter "
@@ -283,37 +278,34 @@ def saved_config(Config, state, folder):
 
 
 # -------------------------------------------------------------------------------------------------- long work
-
 class Run:
-    """What surrounds every long loop: the recipe that may not change halfway, checkpoints, resume, signals
-    that only raise a flag, the guard against NaN, log.jsonl and the progress line."""
-
+    """What surrounds every long loop: recipe, lock, checkpoints, signals, NaN guard, log, progress line"""
     def __init__(self, folder, stage, config, recipe, name="config.json",
                  stale=("last.pt", "previous.pt", "log.jsonl", "previews")):
-        """recipe: the names of the config's fields that must agree with what is in the folder already;
-        stale: what the run writes there, and --fresh throws away.  Before `with run:`, when all checks are
-        done, only the lock is written and nothing is deleted."""
+        """recipe: fields that must agree with the folder's earlier run; stale: what --fresh throws away"""
+        # First all is checked.  Until `with run:` only the lock is written, and nothing is deleted
         self.folder, self.config, self.stopping = Path(folder), asdict(config), None
         self.fresh, self.stale = self.config.get("fresh", False), [self.folder / some for some in stale]
         self.file = self.folder / name
         wanted = {"stage": stage} | {key: self.config[key] for key in recipe}
-        self.recipe = json.loads(json.dumps(wanted))            # as it will come back: a tuple is a list
-        self.began, self.first, self.printed, self.width = time.time(), {}, 0.0, 0       # the progress line's
-        self.bad, self.skipped = 0, 0                                                    # the guard's
+        self.recipe = json.loads(json.dumps(wanted))            # as the file gives it back: a tuple is a list
+        self.began, self.first, self.printed, self.width = time.time(), {}, 0.0, 0     # for the progress line
+        self.bad, self.skipped = 0, 0                                                  # for the guard
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
         self._lock(f".{name}.lock")
         self._check_recipe()
 
     def _lock(self, name):
-        """One run a folder.  The lock goes with its process, however that dies."""
+        """One run for each folder: two would overwrite each other's checkpoints."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Not through a symbolic link: it could lead to somebody's file
+            # A symbolic link is not followed, because it could lead to another user's file
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             self.lock = os.fdopen(os.open(self.folder / name, flags, 0o644), "r+")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error}") from None
+        # The system frees this lock when the process ends, even by kill -9.  A mere file would stay behind
         try:
             import fcntl
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,12 +316,14 @@ class Run:
                             "wait for it, or use another --out") from None
 
     def _check_recipe(self):
-        """The recipe that the folder was begun with, against today's."""
+        """The recipe that the folder was begun with must be today's"""
+        # Files without a recipe are not ours, and a later --fresh would delete them
         if not self.file.exists():
             for path in filter(Path.exists, self.stale):
                 raise UserError(f"{path} is there, but no {self.file.name} of this program beside it: "
                                 "use another --out")
             return
+        # A user may have edited the file, so it may hold anything
         try:
             found = dict(json.loads(self.file.read_text()))
         except (OSError, ValueError, TypeError, RecursionError):
@@ -338,6 +332,7 @@ class Run:
         if found.get("stage") != self.recipe["stage"]:
             raise UserError(f"{self.folder} holds another stage's run, or one of an older version: "
                             "use another --out")
+        # A run continued with another learning rate, for example, would be neither of the two experiments
         for field, value in ({} if self.fresh else self.recipe).items():
             if found.get(field, value) != value:
                 named = ["(none)" if some == "" else some for some in (found[field], value)]
@@ -346,14 +341,14 @@ class Run:
                                 f"not {named[1]}: use the same value or another folder, or {anew}")
 
     def __enter__(self):
-        """From here on things are written.  Ctrl-C and SIGTERM now only set `stopping`, which the loop looks
-        at when it is safe to."""
+        """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""
         for path in self.stale if self.fresh else ():
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"--fresh: cannot remove {path}: {error}") from None
         save_text(self.file, json.dumps(self.recipe, indent=1))
+        # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
         if threading.current_thread() is threading.main_thread():     # no other can set handlers
             self.before = {number: signal.signal(number, self._stop)
@@ -366,12 +361,13 @@ class Run:
         self.lock.close()
 
     def _stop(self, number, frame):
-        if self.stopping:                            # asked twice: the user means now
+        if self.stopping:                            # a second Ctrl-C means: at once
             raise UserError("stopped at once; the same command goes on from what is saved")
         self.stopping = signal.Signals(number).name
 
     def save(self, state):
-        """last.pt; the one before stays as previous.pt.  At any moment last.pt is whole."""
+        """Write last.pt; the one before stays as previous.pt."""
+        # A copy, and not a rename: at any moment there is a last.pt, and it is whole
         last = self.folder / "last.pt"
         if last.exists():
             with atomic_file(self.folder / "previous.pt") as temporary:
@@ -383,7 +379,8 @@ class Run:
         return None if self.fresh else load_newest(self.folder, self.say)
 
     def finite(self, step, value):
-        """False for a step to leave out, whose loss or gradient is not finite; three in a row end the run."""
+        """False for a step to leave out, because its loss or gradient is not finite (NaN or infinity)"""
+        # One unlucky batch is harmless if its step is left out.  Three in a row mean that the weights are bad
         if math.isfinite(value):
             self.bad = 0
             return True
@@ -396,6 +393,7 @@ class Run:
 
     def log(self, step, steps, show=True, **numbers):
         """A line of log.jsonl, and the same numbers on the progress line."""
+        # The file is closed after each line, so a kill loses one line at most
         row = {"step": step, **numbers, "seconds": round(time.time() - self.began, 1)}
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -403,13 +401,15 @@ class Run:
             self.progress("step", step, steps, "  ".join(f"{key} {x:.4g}" for key, x in numbers.items()))
 
     def progress(self, what, done, total, numbers=""):
-        """One line, rewritten on a terminal, repeated every ten seconds in a log file."""
+        """One line, rewritten on a terminal, repeated every ten seconds in a log file"""
+        # Speed is counted from this process's first call, because steps before a resume took none of its time
         now, last = time.time(), done == total
-        if what not in self.first:                                   # resumed: the first steps are not of now
+        if what not in self.first:
             self.first[what] = (now, done) if done or self.first else (self.began, 0)
         rate = (now - self.first[what][0]) / max(done - self.first[what][1], 1)
         if not last and (not rate or now - self.printed < (0.2 if sys.stdout.isatty() else 10)):
             return
+        # On a terminal \r goes back to the start of the line, and spaces cover a longer line before it
         self.printed = now
         left = clock(rate * (total - done))
         percent = 100 * done // max(total, 1)
@@ -426,7 +426,7 @@ class Run:
         self.width = 0
 
     def stop_if_asked(self, step):
-        """After a save: Ctrl-C or SIGTERM ends the run here, and nothing is lost."""
+        """Called after a save: if Ctrl-C or SIGTERM came, the run ends here, and nothing is lost."""
         if self.stopping:
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on "
                             "from there")
@@ -440,7 +440,6 @@ def clock(seconds):
 
 
 # --------------------------------------------------------------------------------------------------- pictures
-
 def to_bytes(picture):
     """A picture in [0, 1], or a little outside, as 8 bits"""
     return (picture.clamp(0, 1) * 255).round().byte()
@@ -448,6 +447,7 @@ def to_bytes(picture):
 
 def grid(pictures, columns, gap=2):
     """Pictures (N,H,W,3) uint8, a tensor or array -> one array, `columns` to a row, white between them."""
+    # White pictures fill the last row.  Each picture has a gap on its right and below; the outermost are cut
     missing = -len(pictures) % columns
     padded = np.pad(pictures, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
     _, H, W, _ = padded.shape

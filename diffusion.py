@@ -5,29 +5,30 @@ Stage 2 of 3: diffuse the latents.  Learn to take noise off the latents z_i = G1
 
 A denoiser D that can do this knows the way to the latents: (D(x, sigma) - x) / sigma^2 is the score, the
 direction in which noised latents become more likely (Tweedie).  Followed from pure noise it ends at a latent,
-and G2 makes an object of it.
+and G2 makes an object of it.  Four choices are made on this page:
 
-There are 72 latents of 8,192 numbers each.  Three things follow, and each is a knob:
+    guess         D(x, sigma) = G1(network(x, sigma)).  The network guesses a *code*, and stage 1's frozen G1
+                  makes the latent.  So whatever is guessed is something that the decoder knows: no specks
+    recombine     A perfect denoiser of 72 latents returns those 72.  So ours learns from recombined codes:
+                  the shape of neighbours, the colours of another object, a little wider or taller
     levels        Up to sigma = 15 a perfect denoiser still recognises the object.  The choice between objects
                   happens at larger sigma, so we place many training levels there.  See levels.png
-    components    An MLP with 1,024 hidden units cannot output arbitrary noise in 8,192 dimensions, so it
-                  cannot remove all of it.  Some noise stays in every sample.  We therefore work in principal
-                  components
-    mix           A perfect denoiser of 72 latents returns those 72.  So ours learns from the latents of mixed
-                  codes: objects that could exist
+    components    A latent has 8,192 numbers, but latents vary in some 300 directions: it sees those alone
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                                      3.5 min on two cores: no copies (rows D1, D14)
-     python diffusion.py --mix 0 --steps 6000 --out runs/copies   a lesson: 28 % of the samples are copies
-     python diffusion.py --formulation ddpm --steps 6500 --out runs/ddpm    DDPM (compare rows D12 to D14)
-read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, code_mixtures, main.
+run  python diffusion.py
+     python diffusion.py --mix 0 --out runs/copies               a lesson: the samples are copies
+     python diffusion.py --formulation ddpm --out runs/ddpm      the paper's formulation
+read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
 import copy
+import itertools
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from matplotlib.figure import Figure
 from autodecoder import load_autodecoder, plot_log
 from common import (BETAS, CLIP, Run, UserError, command, digest, learning_rate_share, load_stage,
                     parse_config, pick_device, save_figure, save_preview, saved_config, to_bytes)
-from volume_render import ANGLES, SIZE, cameras, render_views
+from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 
 @dataclass
@@ -44,11 +45,11 @@ class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
     out: str = "runs/diffusion"          # folder for the model, the log and the pictures
     # the latents
-    mix: float = 1.0                     # share of a batch that is G1 of mixed codes; 0: none (from 0 to 1)
-    mixtures: int = 2048                 # how many such mixtures there are (at least 1)
-    among: int = 8                       # codes are mixed with this many nearest ones; 0: any with any
-    components: int = 240                # principal components that the network works in (at least 1)
-    shuffle: bool = False                # a control: each number of a latent comes from another object
+    mix: float = 1.0                     # share of a batch that is recombined; 0: only objects (from 0 to 1)
+    recombinations: int = 4096           # how many there are to learn from (at least 1)
+    among: int = 8                       # shapes are mixed with this many nearest ones; 0: any with any
+    spread: float = 1.6                  # 1: between the mixed shapes; above: also beyond them (from 0 to 4)
+    components: int = 320                # principal components that the network sees (at least 1)
     # the noise, and the network that removes it
     formulation: str = "edm"             # edm | ddpm: ddpm needs 1.6 times the steps (D12 to D14)
     low: float = 0.1                     # the least sigma, in deviations of the latents (from 0.0001 to 10)
@@ -56,7 +57,7 @@ class Config:
     layers: int = 3                      # hidden layers
     embedding: int = 64                  # sines and cosines of the noise level (at least 2)
     # training
-    steps: int = 4000                    # gradient steps: more is neater, but nearer to copies (at least 1)
+    steps: int = 5000                    # gradient steps: more is neater, but nearer to copies (at least 1)
     batch: int = 256                     # latents in a step (at least 1)
     lr: float = 1e-3                     # learning rate, at its highest
     lr_floor: float = 0.01               # at the end, as a share of the highest (from 0 to 1)
@@ -73,7 +74,7 @@ class Config:
 PRESETS = {
     "cpu": {},
     "gpu": dict(steps=20000, batch=1024, preview_every=5000, save_every=2000),
-    "smoke": dict(steps=20, batch=16, mixtures=32, components=8, width=32, layers=1, preview_every=10,
+    "smoke": dict(steps=20, batch=16, recombinations=32, components=8, width=32, layers=1, preview_every=10,
                   save_every=10, log_every=5),
 }
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")    # may change on resume
@@ -84,9 +85,8 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 class RobustNorm(nn.Module):
     """(latent - centre - median) / (0.7413 x inter-quartile range), per channel        (3DADM, section 3.4)
 
-    Latents are bell-shaped with long tails.  The tails would inflate a standard deviation.  0.7413 times the
-    inter-quartile range ignores them; for a bell both are equal.  The centre is ours: it is the mean object,
-    voxel by voxel.  Without it most of each latent is what all objects share."""
+    Latents are bell-shaped with long tails, which would inflate a standard deviation; 0.7413 times the inter-
+    quartile range ignores them.  The centre is ours: the mean object, which is most of every latent."""
 
     def __init__(self, shape):
         super().__init__()
@@ -105,8 +105,11 @@ class RobustNorm(nn.Module):
     def normalize(self, latents):
         return (latents - self.centre - self.shift) / self.scale
 
-    def denormalize(self, numbers):
-        return numbers * self.scale + self.shift + self.centre
+
+def least_squares(a, b):
+    """(P,K), (P,W) -> (K,W): the matrix X that makes a X most like b"""
+    ridge = 1e-3 * a.square().mean() * len(a) * torch.eye(a.shape[1], device=a.device)
+    return torch.linalg.solve(a.T @ a + ridge, a.T @ b)
 
 
 def principal(rows, count):
@@ -117,21 +120,21 @@ def principal(rows, count):
 
 
 class MLP(nn.Module):
-    """The paper's network: the noised numbers and an embedding of the noise level in, as many numbers out."""
+    """The paper's network: noised numbers and an embedding of the noise level in, numbers out."""
 
-    def __init__(self, numbers, config):
+    def __init__(self, seen, said, config):
         super().__init__()
         width, self.half = config.width, config.embedding // 2
-        self.enter = nn.Linear(numbers + 2 * self.half, width)
+        self.enter = nn.Linear(seen + 2 * self.half, width)
         layer = lambda outer: nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outer))
         self.hidden = nn.ModuleList([layer(width) for _ in range(config.layers)])
-        self.leave = layer(numbers)
-        # The last layer starts at zero.  The network then outputs 0, and the denoiser is the best linear one
+        self.leave = layer(said)
+        # The last layer starts at zero.  The network then outputs 0, and the guess is the best linear one
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x, level):
-        """x (B,K), level = log(sigma) / 4 (B,) -> (B,K)"""
+        """x (B,K), level = log(sigma) / 4 (B,) -> (B,W)"""
         h = self.enter(torch.cat([x, level_embedding(level, self.half)], 1))
         for layer in self.hidden:
             h = h + layer(h)
@@ -148,65 +151,82 @@ class Denoiser(nn.Module):
     """D(x, sigma), and what it must know of the latents: their normalisation, principal components, the
     deviation in each, and the noise levels."""
 
-    def __init__(self, config, shape):
+    def __init__(self, config, model):
         super().__init__()
-        self.config, self.shape, K = config, tuple(shape), min(config.components, math.prod(shape))
-        self.norm = RobustNorm(shape)
-        self.register_buffer("basis", torch.zeros(K, math.prod(shape)))
-        self.register_buffer("deviation", torch.ones(K))
-        self.register_buffer("importance", torch.ones(K))
-        self.register_buffer("levels", torch.ones(LEVELS))
-        self.network = MLP(K, config)
+        shape = (model.config.latent_channels, *[model.config.latent_resolution] * 3)
+        K, W = min(config.components, math.prod(shape)), model.codes.shape[1]
+        self.config, self.model = config, (model,)           # in a tuple: its weights are not this module's
+        self.norm, self.network = RobustNorm(shape), MLP(K, W, config)
+        for name, size in dict(basis=(K, math.prod(shape)), deviation=(K,), levels=(LEVELS,), mean=(W,),
+                               spread=(W,), to_code=(K, W), from_code=(W, K)).items():
+            self.register_buffer(name, torch.ones(size))
 
-    def fit(self, latents, mixtures, generator):
-        """All but the network's weights, from latents (N,C,r,r,r) and those of mixtures (M,C,r,r,r)"""
-        # Normalise by the objects alone; find the directions in which objects and mixtures vary most
+    def fit(self, codes, own, generator):
+        """All but the network's weights, from the codes to learn from (P,W) and the objects' own (N,W)"""
+        # Normalise by the objects alone; find the directions in which the latents to learn from vary most
+        latents = latents_of(self.model[0], own)
         self.norm.fit(latents)
-        both = self.norm.normalize(torch.cat([latents, mixtures])).flatten(1)
-        self.basis.copy_(principal(both, len(self.basis)))
+        rows = self.norm.normalize(latents_of(self.model[0], codes)).flatten(1)              # (P,D)
+        self.basis.copy_(principal(rows[:3000], len(self.basis)))
 
-        # EDM's sigma_data is one number, 0.5.  Ours is measured in each component, because the first are much
-        # longer than the last.  An error counts by its component's share of the variance.  If all counted
-        # alike, the many short components would outweigh the few that make the shape
-        self.deviation.copy_((both @ self.basis.T).square().mean(0).sqrt().clamp(min=1e-3))
-        self.importance.copy_(self.deviation ** 2 / self.deviation.square().mean())
+        # EDM's sigma_data is one number, 0.5.  Ours is measured in each component: the first are the longest
+        z = rows @ self.basis.T                                                              # (P,K)
+        self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
+
+        # Codes from latents and latents from codes, as well as a matrix can.  A matrix makes 97 % of what G1
+        # makes of a code (of the variance), at a hundredth of the cost: the loss is counted by it
+        self.mean.copy_(codes.mean(0))
+        self.spread.copy_(codes.std(0, correction=0) + 1e-6)
+        plain = (codes - self.mean) / self.spread
+        self.to_code.copy_(least_squares(z, plain))
+        self.from_code.copy_(least_squares(plain, z))
 
         # The levels depend on how far apart the objects are
         least = self.config.low * self.norm.normalize(latents).square().mean().sqrt().item()
         levels, sigma, entropy = choose_levels(self.to_components(latents), least, generator)
         self.levels.copy_(levels)
-        return sigma, entropy
+        return z, sigma, entropy
 
     def to_components(self, latents):
         return self.norm.normalize(latents).flatten(1) @ self.basis.T                        # (B,K)
 
-    def to_latents(self, z):
-        return self.norm.denormalize((z @ self.basis).view(-1, *self.shape))                 # (B,C,r,r,r)
-
     def level(self, u):
-        """Places in [0, 1] -> noise levels sigma: the table's, and what lies between two of them"""
-        at = u * (LEVELS - 1)
-        below = at.long().clamp(max=LEVELS - 2)
-        low, high = self.levels[below].log(), self.levels[below + 1].log()
-        return torch.lerp(low, high, at - below).exp()
+        """Places in [0, 1] -> noise levels sigma, of the table"""
+        return self.levels[(u * (LEVELS - 1)).round().long()]
+
+    def guess(self, x, sigma):
+        """x = z + sigma n (B,K), sigma (B,1) -> the code that it can have come from (B,W)"""
+        # The components that noise has not drowned give a linear guess.  The network learns the rest.  Its
+        # input has unit variance at every sigma, and its output counts in the codes' own deviations
+        total = (sigma ** 2 + self.deviation ** 2).sqrt()
+        linear = (self.deviation ** 2 / total ** 2 * x) @ self.to_code
+        return self.mean + self.spread * (linear + self.network(x / total, sigma.flatten().log() / 4))
+
+    def error(self, guess, codes, z):
+        """How wrong guessed codes are (B,W), in the latent's components (B,K)"""
+        return (guess - codes) / self.spread @ self.from_code
 
     def denoise(self, x, sigma):
-        """x = z + sigma n (B,K), sigma (B,1) -> the mean of all z that x can have come from
+        """x = z + sigma n (B,K), sigma (B,1) -> D(x, sigma), the latent that it can have come from (B,K)"""
+        return self.to_components(self.latents(self.guess(x, sigma)))
 
-        Preconditioning (Karras et al. 2022, table 1): the network's input and its target have unit variance
-        at every sigma.  c_skip x is already the best *linear* denoiser; the network learns the rest."""
-        total = (sigma ** 2 + self.deviation ** 2).sqrt()
-        c_skip, c_out, c_in = self.deviation ** 2 / total ** 2, sigma * self.deviation / total, 1 / total
-        return c_skip * x + c_out * self.network(c_in * x, sigma.flatten().log() / 4)
+    def latents(self, codes):
+        return latents_of(self.model[0], codes)
 
 
-def load_denoiser(folder, device="cpu"):
-    """The trained denoiser of a run, and of the autodecoder that it is for: folder and fingerprint"""
+def load_denoiser(folder, device="cpu", autodecoder=""):
+    """A run -> the autodecoder that it was trained on (or a copy of it), its objects' names, the denoiser"""
     state = load_stage(folder, "stage 2's denoiser", "diffusion.py", "denoiser")
-    denoiser = Denoiser(saved_config(Config, state, folder), state["shape"])
+    config = saved_config(Config, state, folder)
+    first = autodecoder or config.autodecoder
+    model, names = load_autodecoder(first, device)
+    # A latent means nothing to another decoder, so both halves must be of one training
+    if fingerprint(model) != state["autodecoder"]:
+        raise UserError(f"{folder} was trained on another autodecoder than {first} is now. "
+                        f"Run: python diffusion.py --autodecoder {first} --out {folder} --fresh")
+    denoiser = Denoiser(config, model).to(device)
     denoiser.load_state_dict(state["denoiser"])
-    denoiser = denoiser.to(device).eval().requires_grad_(False)
-    return denoiser, {"folder": state["config"]["autodecoder"], "fingerprint": state["autodecoder"]}
+    return model, names, denoiser.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------- the noise levels
@@ -243,55 +263,48 @@ def choose_levels(points, least, generator):
     cdf = F.pad((share / share.sum()).cumsum(0), (1, 0))                           # (32,) from 0 to 1
 
     # Invert it: at which sigma is 0, 1/999, 2/999, ... of the cumulative share reached?
-    u = torch.linspace(0, 1, LEVELS, dtype=torch.float64)
-    k = torch.searchsorted(cdf, u).clamp(1, len(cdf) - 1)
-    between = ((u - cdf[k - 1]) / (cdf[k] - cdf[k - 1])).clamp(0, 1)
-    return torch.lerp(sigma.log()[k - 1], sigma.log()[k], between).exp(), sigma, entropy
+    levels = np.exp(np.interp(np.linspace(0, 1, LEVELS), cdf, sigma.log()))
+    return torch.from_numpy(levels), sigma, entropy
 
 
 # ---------------------------------------------------------------------------- one noise, and two formulations
 
-def denoising_loss(denoiser, z, noise, u):
-    """z and noise (B,K), u (B,) in [0, 1): the place of each one's level -> (B,)
+def denoising_loss(denoiser, z, codes, noise, u):
+    """Components z and noise (B,K), the codes they come from (B,W), places u (B,) in [0, 1] of levels -> (B,)
 
     DDPM (Ho et al. 2020; a: their alpha-bar) has x' = sqrt(a) z + sqrt(1 - a) n and predicts n.  Divide x' by
     sqrt(a): it is our x = z + sigma n with sigma^2 = (1 - a) / a.  Predicting n is predicting z, because
-    n = (x - z) / sigma.  So one denoiser serves both formulations.  Three things differ:
+    n = (x - z) / sigma.  So one denoiser serves both formulations.  Two things differ:
 
-                 which sigmas               weight of |D - z|^2                   which sampler
-        DDPM     one of the 1,000 levels    1 / sigma^2, from the error in n      ancestral: noise each step
-        EDM      any between them           1 / sigma^2 + 1 / deviation^2         Heun: noise only at first
-    DDPM's weight is small at large sigma, where the choice between objects happens: it learns that late."""
-    if denoiser.config.formulation == "ddpm":
-        sigma = denoiser.levels[(u * LEVELS).long().clamp(max=LEVELS - 1), None]     # u may round up to 1
-        weight = 1 / sigma ** 2
-    else:
-        sigma = denoiser.level(u)[:, None]
-        weight = 1 / sigma ** 2 + 1 / denoiser.deviation ** 2         # = 1 / c_out^2: the network's own error
-    error = denoiser.denoise(z + sigma * noise, sigma) - z
-    return (weight * denoiser.importance * error.square()).mean(1)
+                 weight of |D - z|^2                                  which sampler
+        DDPM     1 / sigma^2, from the error in n                     ancestral: noise at each step
+        EDM      1 / (sigma^2 + a tenth of the variance of z)         Heun: noise only at first"""
+    # Components count by their share of the variance: else many short ones outweigh those that make the shape
+    sigma, variance = denoiser.level(u)[:, None], denoiser.deviation ** 2
+    error = denoiser.error(denoiser.guess(z + sigma * noise, sigma), codes, z)
+    least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * variance
+    return (variance / variance.mean() * error.square() / (sigma ** 2 + least)).mean(1)
 
 
 def ancestral_sample(denoiser, x, sigmas, draw):
-    """DDPM's (Ho et al., algorithm 2) -> sigma, expected z and next x, step by step"""
-    for now, after in zip(sigmas, [*sigmas[1:], torch.zeros_like(sigmas[0])]):
+    """DDPM's (Ho et al., algorithm 2) -> x at the next level, step by step"""
+    for now, after in zip(sigmas, sigmas[1:]):
         clean = denoiser.denoise(x, now.expand(len(x), 1))
         # If z = clean, x at the next level has this mean and deviation, given x at this one (equations 6, 7)
         kept = (after / now) ** 2
         x = clean + kept * (x - clean) + after * (1 - kept).sqrt() * draw()
-        yield now.item(), clean, x
+        yield x
 
 
 def heun_sample(denoiser, x, sigmas, draw):
     """EDM's (Karras et al., algorithm 1): down dx/dsigma = (x - D(x, sigma)) / sigma -> the same"""
     slope_at = lambda x, sigma: (x - denoiser.denoise(x, sigma.expand(len(x), 1))) / sigma
-    for now, after in zip(sigmas, [*sigmas[1:], torch.zeros_like(sigmas[0])]):
+    for now, after in zip(sigmas, sigmas[1:]):
         slope = slope_at(x, now)
-        clean = x - now * slope
         # Heun's method: a step along the slope here, then again along the mean of the slopes at both its ends
         ahead = x + (after - now) * slope
-        x = x + (after - now) * (slope + slope_at(ahead, after)) / 2 if after > 0 else ahead
-        yield now.item(), clean, x
+        x = x + (after - now) * (slope + slope_at(ahead, after)) / 2
+        yield x
 
 
 SAMPLERS = {"heun": (heun_sample, 18), "ancestral": (ancestral_sample, LEVELS)}      # and their usual steps
@@ -305,8 +318,8 @@ def noise_of(seed):
 
 @torch.no_grad()
 def sample(denoiser, seeds, steps=0, sampler="", trace=None):
-    """One latent for each seed, the same in any batch -> (B,C,r,r,r).  A seed may also be a function that
-    draws noise.  A list `trace` gets (sigma, latents expected) for each step."""
+    """One code for each seed, the same in any batch -> (B,W); `denoiser.latents` makes latents of them.  A
+    seed may also be a function that draws noise.  A list `trace` gets (sigma, codes guessed) at each step"""
     walk, usual = SAMPLERS[sampler or ("heun" if denoiser.config.formulation == "edm" else "ancestral")]
     draws = [seed if callable(seed) else noise_of(seed) for seed in seeds]
     draw = lambda: torch.stack([one(denoiser.deviation.shape) for one in draws]).to(denoiser.levels)
@@ -314,10 +327,13 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
     sigmas = denoiser.level(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
-    for sigma, clean, x in walk(denoiser, x, sigmas, draw):
+    guess = lambda sigma: denoiser.guess(x, sigma.expand(len(x), 1))
+    for sigma, x in zip(sigmas, itertools.chain([x], walk(denoiser, x, sigmas, draw))):
         if trace is not None:
-            trace.append((sigma, denoiser.to_latents(clean)))
-    return denoiser.to_latents(x)
+            trace.append((sigma.item(), guess(sigma)))
+
+    # At the lowest level the guess is the sample
+    return guess(sigmas[-1])
 
 
 # ----------------------------------------------------------------------------------------------- the latents
@@ -328,24 +344,37 @@ def latents_of(model, codes):
 
 
 @torch.no_grad()
-def code_mixtures(codes, count, generator, among=0):
-    """(count,width): weighted means of two or three codes; of any, or of the `among` nearest to one, because
-    there is no object half-way between a bud and a headphone."""
-    N, among = len(codes), min(among, len(codes))
+def recombined(model, count, generator, among=8, spread=1.6):
+    """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
+    object, and a stretch"""
+    shapes, N = model.shapes, len(model.shapes)
+    # A shape is a weighted sum of an object's and two of its nearest ones' (every other one: of one alone),
+    # because nothing is half-way between a bud and a headphone
     first = torch.randint(N, (count, 1), generator=generator)
-    others = torch.randint(among or N, (count, 2), generator=generator)
-    if among:
-        others = torch.cdist(codes, codes).argsort(1).cpu()[first, others]         # the nearest is itself
+    others = torch.randint(min(among or N, N), (count, 2), generator=generator)
+    others = torch.cdist(shapes, shapes).argsort(1).cpu()[first, others]           # the nearest is itself
     share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()       # uniform on the triangle
-    share[::2, 2] = 0                                                              # every other one: of two
-    share = (share / share.sum(1, keepdim=True)).to(codes.device)
-    return (share[..., None] * codes[torch.cat([first, others], 1).to(codes.device)]).sum(1)
+    share[::2, 2] = 0
+    share = share / share.sum(1, keepdim=True)
+    # Means lie between what they are means of, so mixtures are less varied than objects.  Weights further
+    # from equal, even below 0, give the variety back
+    equal = (share > 0).float() / (share > 0).sum(1, keepdim=True)
+    share = (equal + spread * (share - equal)).to(shapes.device)
+    shape = (share[..., None] * shapes[torch.cat([first, others], 1).to(shapes.device)]).sum(1)
+
+    # Anybody's colours; and wider or taller, but the bounding box's diagonal is 1, as that of all objects
+    colours = model.colours[torch.randint(N, (count,), generator=generator).to(shapes.device)]
+    stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
+    codes = torch.cat([shape, colours, stretch], 1)
+    usual = diagonals(model, model.codes).mean()
+    codes[:, -3:] -= (diagonals(model, codes) / usual).log()[:, None] / model.config.stretch
+    return codes
 
 
-def shuffled(latents, generator):
-    """(N,...): each number from another object: as likely one by one, together latents of nothing"""
-    order = torch.rand(latents.flatten(1).shape, generator=generator).argsort(0).to(latents.device)
-    return latents.flatten(1).gather(0, order).view_as(latents)
+def diagonals(model, codes):
+    """(B,W) -> (B,): the length of each object's bounding box, corner to corner"""
+    sides = [bounding_box(voxel_opacity(model.volumes_of(part), model.field) > 0.5) for part in codes.split(8)]
+    return torch.cat(sides).norm(dim=1)
 
 
 def nearest(latents, training, itself=False):
@@ -365,12 +394,9 @@ def plot_levels(denoiser, sigma, entropy, path):
     """How unsure a perfect denoiser is at each level, and where we therefore train and sample"""
     levels = denoiser.levels.cpu()
     count, edges = torch.histogram(levels.log(), 40)
-    habit = torch.exp(-((sigma.log() + 1.2) / 1.2) ** 2 / 2)
     axis = Figure(figsize=(7, 3.6), layout="constrained").subplots()
     axis.plot(sigma, entropy, label="a perfect denoiser's doubt which object it sees")
     axis.fill_between(edges.exp()[:-1], count / count.max(), step="post", alpha=0.2, label="training levels")
-    axis.plot(levels[::55], torch.full((len(levels[::55]),), -0.04), "k|", ms=9, label="Heun's steps")
-    axis.plot(sigma, habit, ":", color="grey", label="EDM's usual levels, for pictures")
     axis.set(xscale="log", xlabel="sigma", ylabel="doubt; shaded: density")
     axis.legend(fontsize=7)
     save_figure(path, axis.figure)
@@ -387,18 +413,16 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
         raise UserError(f"{config.autodecoder} knows {len(names)} objects: at least 3 are wanted")
     run = Run(config.out, Denoiser.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
 
-    # What to train on: the objects' latents, then those of mixtures of their codes
+    # What to learn from: the objects' codes, then recombined ones
     generator = torch.Generator().manual_seed(config.seed)
-    latents = latents_of(model, model.codes)
-    mixed = latents_of(model, code_mixtures(model.codes, config.mixtures, generator, config.among))
-    if config.shuffle:
-        latents, mixed = shuffled(latents, generator), shuffled(mixed, generator)
-    config.components = min(config.components, len(latents) + len(mixed))
+    own, count = model.codes, config.recombinations
+    codes = torch.cat([own, recombined(model, count, generator, config.among, config.spread)])
+    config.components = min(config.components, len(codes))
 
-    # The denoiser, and a second one whose weights are the running mean of the first's: it will sample
+    # The denoiser, and a second network whose weights are the running mean of the first's: it will sample
     torch.manual_seed(config.seed)
-    denoiser = Denoiser(config, latents.shape[1:]).to(device)
-    sigma, entropy = denoiser.fit(latents, mixed, generator)
+    denoiser = Denoiser(config, model).to(device)
+    data, sigma, entropy = denoiser.fit(codes, own, generator)
     average = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.network.parameters(), betas=BETAS)
     state, step = run.load(), 0
@@ -411,9 +435,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         print(f"going on from step {step} of {config.out}/last.pt")
-    data = denoiser.to_components(torch.cat([latents, mixed]))
     size = sum(p.numel() for p in denoiser.network.parameters()) / 1e6
-    print(f"{len(latents)} latents and {len(mixed)} mixtures; network of {size:.2f} M parameters; noise from "
+    print(f"{len(own)} objects and {count} recombinations; network of {size:.2f} M parameters; noise from "
           f"{denoiser.levels[0]:.2g} to {denoiser.levels[-1]:.3g}")
 
     with run:
@@ -423,17 +446,18 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
             share = learning_rate_share(step, config.steps, config.lr_floor)
             optimizer.param_groups[0]["lr"] = config.lr * share
 
-            # Batch: objects or mixtures, each with a level of its own, spread evenly over low and high noise
+            # Batch: objects or recombinations, each with a level of its own, spread evenly over low and high
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            is_mixture = torch.rand(config.batch, generator=generator) < config.mix
-            mixture = len(latents) + torch.randint(len(mixed), (config.batch,), generator=generator)
-            item = torch.randint(len(latents), (config.batch,), generator=generator)
-            z = data[torch.where(is_mixture, mixture, item).to(device)]
+            is_new = torch.rand(config.batch, generator=generator) < config.mix
+            new = len(own) + torch.randint(count, (config.batch,), generator=generator)
+            old = torch.randint(len(own), (config.batch,), generator=generator)
+            item = torch.where(is_new, new, old).to(device)
+            z = data[item]
             u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)
             noise = torch.randn(z.shape, generator=generator).to(device)
 
             # Loss
-            losses = denoising_loss(denoiser, z, noise, u.to(device))
+            losses = denoising_loss(denoiser, z, codes[item], noise, u.to(device))
             loss = losses.mean()
 
             # Step, and the running mean: short at first, because the first weights are worth little
@@ -453,11 +477,12 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
                 run.log(step, config.steps, loss=loss.item(), low=low, middle=middle, high=high,
                         lr=share * config.lr)
             if step % config.preview_every == 0 or step == config.steps:
-                rgb = render_views(model, sample(average, range(8), 18), cameras(ANGLES[:2]), SIZE)[0]
+                latents = average.latents(sample(average, range(8), 18))
+                rgb = render_views(model, latents, cameras(ANGLES[:2]), SIZE)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(rgb.transpose(0, 1)))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
                 raw = {f"network.{name}": weights for name, weights in denoiser.network.state_dict().items()}
-                run.save({"config": asdict(config), "step": step, "shape": list(denoiser.shape),
+                run.save({"config": asdict(config), "step": step,
                           "autodecoder": fingerprint(model), "denoiser": average.state_dict(), "raw": raw,
                           "optimizer": optimizer.state_dict()})
             run.stop_if_asked(step)

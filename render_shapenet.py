@@ -3,9 +3,9 @@ Stage 0 of 3: meshes in, photos with known cameras out.
 
     mesh --to_world--> world --camera (R, T)--> OpenCV camera --rasterize--> photo, mask
 
-A photo is what a camera sees of the mesh under ambient light alone: the colour of the nearest surface.  The
-paper's renderer, PyTorch3D, has cameras of its own kind; other code for photos (COLMAP, NeRF, ours) uses
-OpenCV's.  So cameras are drawn here as PyTorch3D writes them, and converted at once.
+A photo shows the mesh under ambient light alone: each pixel has the colour of the nearest surface.  The
+paper's renderer, PyTorch3D, has cameras of its own kind.  Other code for photos (COLMAP, the SRN data, ours)
+uses OpenCV's.  So cameras are drawn here as PyTorch3D writes them, and converted at once.
 
 in   nothing (procedural earphones, shapes/earphones.py), or --shapenet DIR, a copy of ShapeNetCore v1 or v2
 out  data/earphones_train/<object>/{rgb,mask}/000000.png, pose/000000.txt, intrinsics.txt
@@ -13,8 +13,8 @@ out  data/earphones_train/<object>/{rgb,mask}/000000.png, pose/000000.txt, intri
      data/earphones_train.png           a picture of all objects
 run  python render_shapenet.py               two CPU cores: 36 s, 144 models and 5,472 photos
      python render_shapenet.py --shapenet ~/ShapeNetCore.v2 --synset 03001627 --holdout 100
-read Config, look_at, opencv_from_pytorch3d, photograph; then how a run of thousands of models survives broken
-     ones, kill -9 and a full disk: render_object, render_all, main.
+read Config, look_at, opencv_from_pytorch3d, photograph.  Then render_object, render_all and main show how a
+     run over thousands of models survives broken ones, kill -9 and a full disk.
 """
 import json
 import math
@@ -44,28 +44,29 @@ from shapes.rasterizer import rasterize, to_world
 @dataclass
 class Config:
     out: str = "data"              # folder for the photos
-    shapenet: str = ""             # a ShapeNetCore's root, release or synset folder; empty: our own earphones
+    shapenet: str = ""             # ShapeNetCore's root, release or synset folder; empty: our own earphones
     synset: str = "03261776"       # ShapeNet's category: 03261776 earphones, 03001627 chairs, 02958343 cars
     holdout: int = 0               # ShapeNet models that go to _test, which no training sees
     objects: int = 72              # procedural earphones to train on (at least 1)
-    test_objects: int = 72         # procedural earphones to report on; half: combinations not in training
+    test_objects: int = 72         # procedural earphones to report on; half are combinations not trained on
     views: int = 30                # photos of an object to train on (at least 1)
-    holdout_views: int = 8         # photos of it from other cameras, the last in the folder, to measure by
+    holdout_views: int = 8         # more photos of an object, to measure by; they are the last in its folder
     size: int = 128                # pixels along a side (at least 1)
     supersample: int = 2           # samples along a pixel's side, averaged; 1: jagged photos (at least 1)
     max_elevation: float = 80.0    # degrees above and below the horizon (from 0.1 to 89.9)
-    thin: bool = False             # procedural earphones get cables, thinner than a voxel: hard
+    thin: bool = False             # procedural earphones get cables: thinner than a voxel, so hard to learn
     transforms: bool = False       # also write transforms.json, which nerfstudio and instant-ngp read
     renderer: str = "torch"        # torch | pytorch3d: ours, or the paper's where it is installed
-    seed: int = 0                  # of the cameras and of the earphones
+    seed: int = 0                  # another seed gives other cameras and other earphones
     workers: int = 0               # processes; 0: one per core, or one where there is a GPU
     device: str = "auto"           # auto, cpu or cuda
     fresh: bool = False            # throw away the photos in --out and start over
 
 
-DISTANCE = 1.3          # camera to the object's centre.  The object's diagonal is 1; with SRN's focal length
-                        # (common.intrinsics_at) it fills at most 85 % of a photo.  All stages look from here
-# Photos made with other values of these do not belong in the same folder
+# From the camera to the object's centre.  All stages look from this distance.  The object's diagonal is 1, so
+# with the focal length of the SRN photos (common.intrinsics_at) it fills at most 85 % of a photo
+DISTANCE = 1.3
+# Photos that were made with other values of these fields do not belong in the same folder
 RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample", "max_elevation", "thin",
           "renderer", "seed")
 CATEGORIES = {"03261776": "earphones", "03001627": "chairs", "02958343": "cars"}       # their folders' names
@@ -78,12 +79,16 @@ def look_at(azimuth, elevation, distance):
 
     PyTorch3D multiplies rows, X_camera = X_world R + T, so R's *columns* are the camera's axes.  They are +X
     left, +Y up, +Z into the scene."""
+    # The third axis: from the camera's place on the sphere straight to the origin
     a, e = math.radians(azimuth), math.radians(elevation)
     outward = [math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)]
     into = -torch.tensor(outward, dtype=torch.float64)
-    left = torch.tensor([math.sin(a), -math.cos(a), 0.0], dtype=torch.float64)    # by azimuth alone: no poles
+
+    # The first axis has no Z, so the horizon is level in the photo.  It follows from the azimuth alone.  The
+    # usual recipe, the cross product of Z and `into`, is zero for a camera straight above the object
+    left = torch.tensor([math.sin(a), -math.cos(a), 0.0], dtype=torch.float64)
     R = torch.stack([left, torch.linalg.cross(into, left), into], 1)
-    return R, distance * into @ R
+    return R, distance * into @ R        # T: the world's origin in the camera's axes, (0, 0, distance)
 
 
 def opencv_from_pytorch3d(R, T):
@@ -94,11 +99,12 @@ def opencv_from_pytorch3d(R, T):
 
         x_cv = F (R^T x + T)          so   R_cv = F R^T = (R F)^T,   t_cv = F T:
 
-    negate the first two *columns* of R, then transpose; negate the first two entries of T.  People often
-    negate rows, or forget the transpose.  Inverted, for camera to world: x = R_cv^T (x_cv - t_cv), that is
-    the rotation R F and the position -R F F T = -R T."""
+    negate the first two *columns* of R, then transpose; negate the first two entries of T.  Two mistakes are
+    common: to negate rows, and to forget the transpose.  Camera to world is the inverse of this,
+    x = R_cv^T (x_cv - t_cv).  Its rotation is R_cv^T = R F and its position is -R F F T = -R T."""
     R = torch.as_tensor(R)
     T = torch.as_tensor(T, dtype=R.dtype, device=R.device)
+    # The two results of the derivation: the columns of R F are the camera's axes, and -R T is its position
     pose = torch.zeros(*R.shape[:-2], 4, 4, dtype=R.dtype, device=R.device)
     pose[..., :3, :3] = R * torch.tensor([-1.0, -1.0, 1.0], dtype=R.dtype, device=R.device)
     pose[..., :3, 3] = -(R @ T[..., None])[..., 0]
@@ -108,7 +114,8 @@ def opencv_from_pytorch3d(R, T):
 
 def random_cameras(generator, config):
     """Endless cameras, uniform over the sphere between the elevations -> (4,4) float64 each"""
-    # A sphere has equal areas at equal heights: the *sine* of the elevation is uniform
+    # Slices of a sphere that are equally high have equal areas (Archimedes).  So the height, which is the
+    # *sine* of the elevation, is drawn uniformly.  Uniform elevations would crowd the cameras at the poles
     limit = math.sin(math.radians(config.max_elevation))
     while True:
         azimuth = generator.uniform(0, 360)
@@ -119,32 +126,36 @@ def random_cameras(generator, config):
 # ----------------------------------------------------------------------------------------------------- photos
 
 def photograph(mesh, folder, config, generator):
-    """Write one object's photos, masks and cameras into the folder."""
-    # The same intrinsics for all views; random cameras, the first `views` of them to train on
+    """Write one object's photos, masks and poses (camera_to_world matrices) into the folder."""
+    # All views have the same intrinsics K: the focal length, and where the optical axis meets the picture
     K = intrinsics_at(config.size)
     write_intrinsics(folder, K, config.size)
+
+    # Poses are random, so the first `views` photos, which stage 1 trains on, are like the held-out ones after
+    # them.  The tries are limited, because a broken model may be invisible from everywhere
     cameras, number, wanted = random_cameras(generator, config), 0, config.views + config.holdout_views
     for tries in range(10 * wanted):
         pose = next(cameras)
         rgb, coverage, _ = rasterize(mesh, pose, K, config.size, config.supersample, config.renderer)
-        if not coverage.any():           # a flat sheet seen edge on: draw another camera
+        if not coverage.any():           # a flat sheet that is seen edge-on: draw another camera
             continue
         write_view(folder, number, rgb, coverage, pose)
         number += 1
         if number == wanted:
             break
-    else:
+    else:                                # no break: the tries ended before the photos were complete
         raise NothingSeen
 
 
 class NothingSeen(Exception):
-    """Cameras all around it, and not one of them sees the object."""
+    """Too few of the cameras all around an object see any of it."""
 
 
 # ------------------------------------------------------------------------------------------------------- jobs
 
 def procedural_jobs(config):
-    """-> [(split, name, path of the .obj)]"""
+    """-> [(split, name, path of the .obj)]: one job for each object"""
+    # The models lie where ShapeNetCore v2 would have them, so that the same code reads both
     jobs, folder = [], Path(config.out, "procedural/03261776")
     for split, count in (("train", config.objects), ("test", config.test_objects)):
         for index in range(count):
@@ -154,13 +165,14 @@ def procedural_jobs(config):
 
 
 def shapenet_jobs(config):
-    """-> the same for a copy of ShapeNetCore, v1 or v2, and the synset: DIR may be the root, a release
-    or the synset's folder."""
+    """-> the same for a copy of ShapeNetCore, v1 or v2; and the synset, which is ShapeNet's number for a
+    category"""
     root = Path(config.shapenet).expanduser()
     if not root.is_dir():
         raise UserError(f"--shapenet {root}: no such folder")
 
-    # v1 and v2 differ in where a model's file lies.  v2 is taken before v1
+    # Users unpack ShapeNet in different ways: DIR may be the synset's folder, a release, or the folder above
+    # the releases.  v1 and v2 also differ in where a model's file lies.  Where both are there, v2 is taken
     names = ("models/model_normalized.obj", "model.obj", "models/model.obj")
     releases = sorted(root.glob(f"*/{config.synset}"), reverse=True)
     for folder in (root, root / config.synset, *releases):
@@ -172,10 +184,14 @@ def shapenet_jobs(config):
         raise UserError(f"{root} holds no models of synset {config.synset}: "
                         f"{config.synset}/<model>/models/model_normalized.obj (v2) or <model>/model.obj (v1) "
                         "is looked for there, in ShapeNetCore.v*/ below it, and in it")
+
+    # If DIR is a synset's folder itself, its name tells the category, because --synset may be left as it was
     print(f"ShapeNet models of {folder}")
     synset = folder.resolve().name if re.fullmatch(r"\d{8}", folder.resolve().name) else config.synset
 
-    # Which ones are held out follows from the names alone, so that another machine holds out the same
+    # The names alone decide which models are held out.  A random choice, or the order of the files, would
+    # hold out other models on another machine.  A hash of the name (crc32) gives an order that looks random
+    # and is the same everywhere
     found = sorted((model.name, path) for model, path in zip(models, paths) if path)
     order = sorted(found, key=lambda model: zlib.crc32(os.fsencode(model[0])))
     if config.holdout >= len(found):
@@ -186,7 +202,7 @@ def shapenet_jobs(config):
 
 
 def obj_of(model, names):
-    """The first of these files in a model's folder, or None"""
+    """The first of these files that is in a model's folder, or None"""
     try:
         return next((model / name for name in names if (model / name).is_file()), None)
     except OSError as error:                             # a folder that may not be read: go on without it
@@ -194,25 +210,31 @@ def obj_of(model, names):
 
 
 def render_object(job, folder, config, device):
-    """-> remarks about the model, and why there are no photos of it, or None: a broken model
-    must not stop the others."""
-    # A procedural model is made first, unless it is there already with the same factors
+    """Make the photos of one object -> remarks about the model, and why there are no photos of it, or None"""
+    # A name may have 255 bytes in most file systems, and a temporary name is longer by a few letters
     split, name, path = job
     model = path.parent.parent
-    if len(os.fsencode(name)) > 240:                          # a temporary name is longer by a few letters
+    if len(os.fsencode(name)) > 240:
         return [], f"{path}: the model's name is too long for a folder"
+
+    # A procedural model is made first.  Its factors (kind, colours, proportions, ...) are kept beside it.  If
+    # they are still the same, so is the model; after --thin, for example, it is made again
     if not config.shapenet:
         factors = earphones.draw_factors(split, int(name.split("_")[-1]), config.seed) | {"thin": config.thin}
         file = model / "factors.json"
         if not file.is_file() or file.read_text(errors="replace") != json.dumps(factors, indent=1) + "\n":
             with atomic_folder(model) as temporary:
                 earphones.write_model(temporary, factors, config.thin)
+
+    # ShapeNet has broken files.  One of them must not stop thousands of others: its error is returned
     try:
         mesh, transform = to_world(load_obj(path))
     except UserError as error:
         return [], str(error) if str(path) in str(error) else f"{path}: {error}"
 
-    # The cameras follow from the seed and the name: the same in any order, on any number of processes
+    # The cameras follow from the seed and the name alone.  So the photos are the same in any order, on any
+    # number of processes, and after an interruption.  The folder gets its name when all is in it.  The
+    # factors go with the photos, because later stages report their numbers for each kind of object
     generator = np.random.default_rng([config.seed, zlib.crc32(os.fsencode(name))])
     try:
         with atomic_folder(folder) as temporary:
@@ -226,22 +248,28 @@ def render_object(job, folder, config, device):
 
 
 def worker_setup():
-    """In each worker process."""
-    # One picture is too small to share among threads.  Signals are the parent's to handle.  And if the parent
-    # is killed outright, so that it cannot say anything, the worker must end too
+    """What each worker process does first"""
+    # One picture is too small to share among threads.  Ctrl-C reaches all processes of a terminal, but only
+    # the parent may decide: the workers finish the object that they have begun
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    # A parent that is killed (kill -9) cannot stop its workers, so each worker has a thread that waits for
+    # the parent's end.  os._exit, because sys.exit would end this thread alone
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def render_all(todo, config, device):
-    """Yields (name, remarks, failure) as objects are done, by one process per core."""
+    """Yields (name, remarks, failure) for each object when it is done"""
+    # One process per core.  On a GPU only one, because several would have to share it
     workers = config.workers or (os.cpu_count() if device.type == "cpu" else 1)
     if min(workers, len(todo)) <= 1:
         yield from ((job[1], *render_object(job, folder, config, device)) for job, folder in todo)
         return
-    # Processes, not threads: small torch operations hold the interpreter's lock too long for threads to pay
+
+    # Processes, not threads: small torch operations hold Python's global lock, so threads wait for each
+    # other.  "spawn" starts each process from nothing, because the fork of a process with threads can hang
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
     try:
         work = {pool.submit(render_object, job, folder, config, device): job[1] for job, folder in todo}
@@ -254,8 +282,9 @@ def render_all(todo, config, device):
 
 
 def contact_sheet(folder, path, most=72):
-    """Of each object, the photo whose camera stands nearest to the front, to one side and
-    above; the margins cut off."""
+    """One photo of each object, as a picture at `path`"""
+    # The photo whose camera stands nearest to the usual view of a product: from the front (-Y), turned to one
+    # side, a little from above.  12 pixels of white margin are cut off on each side
     photos, _, poses, _, _ = load_photos(folder, 128, most)
     nearest = (poses[:, :, :3, 3] @ torch.tensor([0.55, -0.75, 0.4])).argmax(1)
     save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:, 12:-12, 12:-12], columns=12))
@@ -264,6 +293,7 @@ def contact_sheet(folder, path, most=72):
 # ------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
+    # Wrong flags are refused before anything is written.  The synset becomes part of a path
     config = parse_config(Config, argv=argv)
     if config.holdout and not config.shapenet:
         raise UserError("--holdout keeps ShapeNet's models aside: it goes with --shapenet")
@@ -271,23 +301,29 @@ def main(argv=None):
         raise UserError("--synset: digits alone, as 03261776")
     device = pick_device(config.device)
 
-    # What is to be made, and where.  An object's folder appears when it is complete, so what is there is done
+    # What is to be made, and where.  Each category has folders of its own, so that several fit into one --out
     jobs, synset = shapenet_jobs(config) if config.shapenet else (procedural_jobs(config), "03261776")
     category = CATEGORIES.get(synset, synset)
     splits = {split: f"{category}_{split}" for split in ("train", "test")}
     folders = [Path(config.out, splits[split], name) for split, name, _ in jobs]
     train = Path(config.out, splits["train"])
-    # Where a copy of ShapeNet lies may change; that it is one may not
+
+    # Run refuses to mix photos of two recipes in one folder.  A copy of ShapeNet may move to another place,
+    # so the recipe only says whether there is one.  `stale` names what --fresh deletes
     source = replace(config, shapenet="ShapeNet" if config.shapenet else "")
     run = Run(config.out, "render_shapenet", source, RECIPE, f"{category}.json",
               stale=[*splits.values(), *([] if config.shapenet else ["procedural"])])
 
     skipped, done = [], 0
     with run:
+        # An object's folder appears only when it is complete.  So what is there is done, and the same command
+        # goes on after any interruption without a list of its own
         todo = [(job, folder) for job, folder in zip(jobs, folders) if not folder.is_dir()]
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} objects are in {config.out} already: "
                   "going on with the rest")
+
+        # Objects arrive as the workers finish them, in any order.  A stop is looked for between two objects
         for name, remarks, failure in render_all(todo, config, device):
             skipped += [failure] if failure else []
             for text in remarks + ([f"skipped: {failure}"] if failure else []):
@@ -298,10 +334,12 @@ def main(argv=None):
                 raise UserError(f"stopped by {run.stopping}, {done} of {len(todo)} objects done: "
                                 "the same command goes on from there")
 
-    # What was made, what was skipped and why, and a picture to look at
+    # For objects of earlier runs too: --transforms may be added when the photos are there already
     for folder in folders if config.transforms else []:
         if folder.is_dir():
             write_transforms(folder)
+
+    # What was made, what was skipped and why.  The picture shows wrong colours or a wrong pose at a glance
     why = "".join(f"; {failure}" for failure in skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
     print(f"found {len(jobs)} models: {len(jobs) - len(todo)} were rendered already, "
           f"{len(todo) - len(skipped)} now, {len(skipped)} skipped{why}")

@@ -1,28 +1,37 @@
 """
-Stage 3 of 3: new objects.  Noise from a seed, the denoiser, the latent that it ends at, G2, novel views:
+Stage 3 of 3: new objects.  A seed gives noise, the denoiser makes a latent of it, G2 makes a volume of the
+latent, and the renderer shows the volume from all around (novel views):
 
-    n ~ N(0, I)  --DDPM or EDM-->  latent z  --G2-->  volume  --render-->  views around it
+    n ~ N(0, I)  --DDPM or EDM-->  latent z = G1(code)  --G2-->  volume  --render-->  views around it
+
+The denoiser guesses codes, so each sample has one.  Its parts can be exchanged: --shape_of, --colours_of and
+--stretch draw one shape in many colours, many shapes in the same colours, or all a little taller.
 
 A picture proves little.  A denoiser can return its training objects, or a training object plus noise that
 looks like something new.  So beside each sample stand its nearest training objects, and two numbers tell a
 new object from a noisy old one:
 
-    d1           distance to the nearest training latent.  A copy has a small one: under a third of the
-                 distance to the second nearest.  Training objects' distances to each other are the yardstick
-    outside      the share of (z - mean object) that no weighted sum of training latents gives.  Noise lies
-                 outside, so a noisy copy has a large one.  Mixtures of codes are the yardstick: G1 is not
-                 linear, so they leave the span a little
+    d1           distance to the nearest training latent.  We call a sample a copy if it is under a third of
+                 the distance to the second nearest.  Compare d1 with the distances of training objects to
+                 each other
+    outside      the share of (z - mean object) that no weighted sum of training latents gives, in other words
+                 what is outside their span.  Noise lies outside, so a noisy copy has a large share.  Compare
+                 it with recombined codes: G1 is not linear, so even they leave the span
 
 Whether samples are *good* is the lab's question: python -m lab.evaluate.
 
 in   runs/diffusion/last.pt and the autodecoder it was trained on; without them the model in pretrained/
-out  samples/     viewer.html (open it in a browser), sheet.png, figure3.png, report.txt, report.json;
+out  samples/     viewer.html (open it in a browser), sheet.png, swaps.png (the training objects' shapes in
+                  each other's colours), figure3.png, report.txt, report.json;
                   beside.png (yours above those of the model in pretrained/, once you have trained);
                   views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
-run  python sample.py                                 half a minute on two cores; 0.003 s to denoise a sample
+run  python sample.py                                 half a minute on two cores
      python sample.py --count 64 --seed 1000 --views 0
-read Config, novelty, main; then load_models, contact_sheet.
+     python sample.py --shape_of 3 --out samples/one_shape       seed 3's shape in eight colours
+     python sample.py --colours_of train_00005 --stretch 1 1 1.2 --out samples/taller
+read Config, novelty, exchanged, main; then load_models, contact_sheet.
 """
+import difflib
 import json
 import shutil
 import time
@@ -33,10 +42,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from autodecoder import load_autodecoder
 from common import (Run, UserError, command, grid, intrinsics_at, parse_config, pick_device, save_picture,
                     save_preview, save_text, to_bytes)
-from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser, nearest
+from diffusion import latents_of, load_denoiser, nearest, recombined
 from diffusion import sample as draw_samples
 from shapes.photos import atomic_folder, kinds_of, write_intrinsics, write_view
 from viewer.isosurface import write_mesh
@@ -47,67 +55,102 @@ from volume_render import ANGLES, SIZE, cameras, depth_picture, render_views
 @dataclass
 class Config:
     diffusion: str = "runs/diffusion"    # stage 2's folder
-    autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
+    autodecoder: str = ""                # stage 1's folder; "": the one that stage 2 was trained on
     out: str = "samples"                 # folder for the sheet, the views and the report
     count: int = 8                       # how many samples (from 1 to 100000)
     seed: int = 0                        # sample k comes from seed + k alone
-    sampler: str = ""                    # heun or ancestral; "": the one of the training's formulation
-    steps: int = 0                       # of the sampler; 0: 18 for heun, 1000 for ancestral
-    views: int = 24                      # of each sample, on a turn around it; 0: none
+    sampler: str = ""                    # heun or ancestral; "": heun for an edm training, else ancestral
+    steps: int = 0                       # steps of the sampler; 0: its usual number
+    shape_of: str = ""                   # a training object's name or a seed, whose shape all samples get
+    colours_of: str = ""                 # a training object's name or a seed, whose colours all samples get
+    stretch: tuple = (1.0, 1.0, 1.0)     # factors along x, y and z, as 1 1 1.2: taller (from 0.7 to 1.4)
+    views: int = 24                      # pictures of each sample, on a turn around it; 0: none
     size: int = 128                      # pixels along a side of those views (from 1 to 4096)
-    elevation: float = 20.0              # degrees: the turn's height (from -90 to 90)
-    batch: int = 64                      # samples denoised at a time: memory, not the result (at least 1)
+    elevation: float = 20.0              # height of the turn's cameras, in degrees (from -90 to 90)
+    batch: int = 64                      # samples denoised at once; changes memory, not results (at least 1)
     device: str = "auto"                 # auto, cpu or cuda
 
 
-BOX = Path(__file__).parent / "pretrained"       # a trained model that comes with this program
+# "The box" is a trained model that comes with this program, so that a new user sees samples at once
+BOX = Path(__file__).parent / "pretrained"
 
 
 # ----------------------------------------------------------------------------------------------------- models
 
+def is_run(folder):
+    return any((folder / name).exists() for name in ("last.pt", "previous.pt"))
+
+
 def load_models(config, device):
-    """-> autodecoder, its objects' names, denoiser: of the user's own runs or, without any, of the box"""
+    """-> autodecoder, its objects' names, denoiser: the user's own or, if there is none, those in the box"""
+    # The box stands in only for the default folder.  If the user names a folder that is not there, samples of
+    # another model would mislead: that is an error
     folder = Path(config.diffusion)
-    own = any((folder / name).exists() for name in ("last.pt", "previous.pt"))
+    own = is_run(folder)
     if not own and config.diffusion == Config.diffusion:
         print(f"nothing is in {folder} yet: sampling from the model in the box, {BOX.name}/")
         folder = BOX / "diffusion"
     elif not own and not Path("runs/autodecoder").exists():
         raise UserError(f"{folder}/last.pt is not there: is --diffusion right?  Otherwise run: "
                         "python autodecoder.py, then python diffusion.py")
-    denoiser, trained_on = load_denoiser(folder, device)
 
-    # A latent means nothing to another decoder, so both halves must be of one training
+    # The box is no run: its autodecoder lies beside its denoiser, wherever it was trained
     boxed = folder.resolve() == (BOX / "diffusion").resolve()
-    first = config.autodecoder or (BOX / "autodecoder" if boxed else trained_on["folder"])
-    model, names = load_autodecoder(first, device)
-    if fingerprint(model) != trained_on["fingerprint"]:
-        raise UserError(f"{folder} was trained on another autodecoder than {first} is now. "
-                        f"Run: python diffusion.py --autodecoder {first} --out {folder} --fresh")
+    found = load_denoiser(folder, device, config.autodecoder or (BOX / "autodecoder" if boxed else ""))
     print(f"sampling from {folder}/last.pt")
-    return model, names, denoiser
+    return found
+
+
+def exchanged(codes, model, names, denoiser, config):
+    """The samples' codes (B,W), with the shape, the colours or the stretch that the user asks for"""
+    # A code is shape, colours and stretches, in this order.  A shape takes its stretches along
+    wide = model.shapes.shape[1]
+    if config.colours_of:
+        codes[:, wide:-3] = code_of(config.colours_of, model, names, denoiser)[wide:-3]
+    if config.shape_of:
+        shape = code_of(config.shape_of, model, names, denoiser)
+        codes[:, :wide], codes[:, -3:] = shape[:wide], shape[-3:]
+
+    # A stretch is a logarithm, in units of the largest that stage 1 has shown
+    factors = torch.tensor(config.stretch, device=codes.device)
+    codes[:, -3:] += factors.log() / model.config.stretch
+    return codes
+
+
+def code_of(name, model, names, denoiser):
+    """A training object's code, by its name; or a sample's, by its seed -> (W,)"""
+    if name in names:
+        return model.codes[names.index(name)]
+    if name.isdecimal():
+        return draw_samples(denoiser, [int(name)])[0]
+    near = difflib.get_close_matches(name, names, 3, 0) or names[:3]
+    raise UserError(f"{name} is no training object and no seed; {', '.join(near)} are training objects")
 
 
 # -------------------------------------------------------------------------------------------------- measuring
 
 def outside_span(latents, training):
-    """(B,...), (N,...) -> (B,): the share of each one's norm, about the training mean, that no sum of
-    training latents gives"""
-    # The rows of V span all sums of training latents: N points span N - 1 directions about their mean
+    """Latents (B,...), training latents (N,...) -> (B,): the share of a latent's distance from their mean
+    that no weighted sum of training latents gives"""
+    # N points span N - 1 directions about their mean, and these rows of V are an orthonormal basis of them
     mean = training.mean(0)
     span = torch.linalg.svd((training - mean).flatten(1), full_matrices=False)[2][:len(training) - 1]
+
+    # x @ span.T @ span is the part of x within the span.  What is left of x is outside
     x = (latents - mean).flatten(1)
     return (x - x @ span.T @ span).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)
 
 
 def is_copy(distance):
-    """Distances to the training objects (B,N), nearest first -> (B,) bool: the nearest is under a third as
-    far as the second nearest (Gu et al. 2023)"""
+    """Distances to the training objects (B,N), nearest first -> (B,) bool"""
+    # Gu et al. 2023: the nearest is under a third as far as the second nearest.  A ratio needs no unit, so
+    # the same rule holds for every latent space
     return distance[:, 0] < distance[:, 1] / 3
 
 
 def novelty(latents, training, itself=False):
-    """-> one dict for each latent"""
+    """-> for each latent one dict of plain numbers, as report.json keeps it.  `itself`: the latents are the
+    training objects, and each is compared with the others only"""
     distance, whose = nearest(latents, training, itself)
     columns = zip(outside_span(latents, training).tolist(), distance[:, :3].tolist(), whose[:, :3].tolist(),
                   is_copy(distance).tolist())
@@ -117,6 +160,7 @@ def novelty(latents, training, itself=False):
 
 def summarise(columns):
     """{name: rows of novelty()} -> a table, a line for each number and a column for each set"""
+    # The 95th percentile stands beside the median, because a few noisy samples do not move the median
     of = lambda rows, key: torch.tensor([row[key] for row in rows], dtype=torch.float64)
     lines = [("d1, mean", lambda rows: of(rows, "distances")[:, 0].mean()),
              ("copies, share", lambda rows: of(rows, "copy").mean()),
@@ -131,10 +175,14 @@ def summarise(columns):
 # -------------------------------------------------------------------------------------------------- pictures
 
 def contact_sheet(views, rows, seeds, trained, names):
-    """Each sample a line: four views, depth, the three nearest training objects by latent and by picture"""
-    # A copy in another place of latent space would still look the same: so compare pictures too
+    """One line of pictures for each sample: four views, depth, and the three nearest training objects, by
+    latent and by picture.  `views` and `trained` are render_views of both -> (H,W,3) uint8"""
+    # Two different latents can look the same, so a copy may be far away in latent space.  Pictures find it:
+    # `apart` is the root mean square difference over the four views
     rgb, alpha, depth, _ = views
-    apart = torch.cdist(rgb.flatten(1), trained[0].flatten(1)) / rgb[0].numel() ** 0.5     # rms of four views
+    apart = torch.cdist(rgb.flatten(1), trained[0].flatten(1)) / rgb[0].numel() ** 0.5
+
+    # The empty sheet with its heads.  Each tile shows the rendering's pixels twice as large
     tile, strip, gap = SIZE * 2, 14, 4
     width, height = 11 * (tile + gap), tile + strip
     sheet = Image.new("RGB", (width, len(rgb) * height + strip), "white")
@@ -143,7 +191,7 @@ def contact_sheet(views, rows, seeds, trained, names):
     for column, head in enumerate(heads):
         pen.text((column * (tile + gap) + 2, 1), head, fill="black")
 
-    # A line: four views of the sample, its depth, and one view of each neighbour with its distance below
+    # A number stands below each neighbour: its distance, in the measure by which it was found
     for k, row in enumerate(rows):
         by_picture = apart[k].argsort()[:3].tolist()
         pictures = [*rgb[k], depth_picture(depth[k, 0], alpha[k, 0]),
@@ -159,22 +207,37 @@ def contact_sheet(views, rows, seeds, trained, names):
     return np.asarray(sheet)
 
 
+def swaps(model, rows=6, columns=8):
+    """Any shape in any colours: training objects down and across; in the first column each has its own"""
+    N, device = len(model.shapes), model.shapes.device
+    some = lambda count: torch.linspace(0, N - 1, min(count, N)).long().tolist()
+    s, a = torch.tensor([(s, a) for s in some(rows) for a in (s, *some(columns))], device=device).unbind(1)
+    latents = latents_of(model, model.code(s, a, torch.zeros(len(s), 3, device=device)))
+    rgb = render_views(model, latents, cameras(ANGLES[:1]), SIZE)[0][:, 0]
+    return grid(to_bytes(rgb), 1 + min(columns, N))
+
+
 def beside_the_box(rgb, seeds, device):
-    """First views of some samples of ours (B,H,W,3), and in a second row those of the model in the box"""
-    model, _ = load_autodecoder(BOX / "autodecoder", device)
-    denoiser, _ = load_denoiser(BOX / "diffusion", device)
-    theirs = render_views(model, draw_samples(denoiser, seeds), cameras(ANGLES[:1]), SIZE)[0][:, 0]
+    """First views of some of our samples (B,H,W,3) -> these and, in a second row, the box's (2,B,H,W,3)"""
+    # Both models get the same seeds, so that neither row is picked.  The objects differ, because two
+    # trainings make different objects from the same noise
+    model, _, denoiser = load_denoiser(BOX / "diffusion", device, BOX / "autodecoder")
+    latents = denoiser.latents(draw_samples(denoiser, seeds))
+    theirs = render_views(model, latents, cameras(ANGLES[:1]), SIZE)[0][:, 0]
     return to_bytes(torch.stack([rgb, theirs]))
 
 
 def save_json(path, content):
     """Plain JSON: what is not finite becomes null"""
+    # Python writes NaN and Infinity, which are not JSON: a browser refuses the file
     plain = json.loads(json.dumps(content), parse_constant=lambda name: None)
     save_text(path, json.dumps(plain, indent=1))
 
 
 def write_sample(folder, model, latent, config):
-    """One sample's views, on a turn around it, in the SRN layout, and its mesh -> the views"""
+    """One sample's views on a turn around it, and its mesh -> the views (V,H,W,3)"""
+    # The folder has the layout of the training photos (SRN's), so other programs for photos with known
+    # cameras read it, and so does stage 1
     poses = cameras([(360 * k / config.views, config.elevation) for k in range(config.views)])
     rgb, alpha, _, _ = (picture[0] for picture in render_views(model, latent[None], poses, config.size))
     with atomic_folder(folder) as temporary:
@@ -191,29 +254,42 @@ def main(argv=None):
     config = parse_config(Config, argv=argv)
     if config.sampler not in ("", "heun", "ancestral"):
         raise UserError(f"--sampler {config.sampler}: heun or ancestral is wanted")
+    if len(config.stretch) != 3:
+        raise UserError("--stretch: three factors are wanted, as --stretch 1 1 1.2")
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
-    run = Run(config.out, "sample", config, (), "sample.json", stale=())    # holds the folder: one at a time
+
+    # Here Run only holds the folder, so that two programs do not write to it at once.  All of this takes half
+    # a minute, so there are no checkpoints
+    run = Run(config.out, "sample", config, (), "sample.json", stale=())
     seeds, out = range(config.seed, config.seed + config.count), Path(config.out)
 
-    # From noise to latents, and from a latent to a picture
+    # From noise to codes and latents.  A sample's noise comes from its own seed, so that seed 17 gives the
+    # same object in any batch
     began = time.perf_counter()
-    latents = torch.cat([draw_samples(denoiser, seeds[k:k + config.batch], config.steps, config.sampler)
-                         for k in range(0, config.count, config.batch)])
+    codes = torch.cat([draw_samples(denoiser, seeds[k:k + config.batch], config.steps, config.sampler)
+                       for k in range(0, config.count, config.batch)])
+    codes = exchanged(codes, model, names, denoiser, config)
+    latents = latents_of(model, codes)
+
+    # From latents to pictures.  This rendering is only timed: the pictures to keep follow below
     denoised = time.perf_counter()
     render_views(model, latents, cameras(ANGLES[:1]), SIZE)
     rendered = time.perf_counter()
     print(f"{config.count} samples: {(denoised - began) / config.count:.3f} s each, and "
           f"{(rendered - denoised) / config.count:.3f} s to decode and render one view of {SIZE} pixels")
 
-    # New or old?  Beside the samples the training objects, each compared with the others, and mixtures of
-    # their codes, which no diffusion made
+    # Are they new?  The samples' numbers mean little alone.  Two other sets stand beside them: the training
+    # objects, each compared with the others, and recombinations of their codes, which need no diffusion
     training = latents_of(model, model.codes)
-    mixtures = latents_of(model, code_mixtures(model.codes, 128, torch.Generator().manual_seed(0)))
+    others = latents_of(model, recombined(model, 128, torch.Generator().manual_seed(0)))
     rows = {"samples": novelty(latents, training),
             "training objects": novelty(training, training, itself=True),
-            "code mixtures": novelty(mixtures, training)}
+            "recombined codes": novelty(others, training)}
     text = summarise(rows)
+
+    # Our earphones have kinds (over-ear, buds, ...).  If all nearest objects are of one kind, the samples
+    # have lost the others
     kinds = kinds_of(model.config.data, names)
     near = [kinds[row["nearest"][0]] for row in rows["samples"]]
     if len(set(kinds)) > 1:
@@ -223,27 +299,36 @@ def main(argv=None):
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows})
 
-    # Pictures: each sample beside its nearest training objects; and beside those of the model in the box
+    # Numbers can mislead, so look: each sample stands beside its nearest training objects
     views = render_views(model, latents, cameras(ANGLES), SIZE)
     trained = render_views(model, training, cameras(ANGLES), SIZE)
     save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, names))
-    own = Path(config.diffusion, "last.pt").exists() and (BOX / "diffusion/last.pt").exists()
+    save_picture(out / "swaps.png", swaps(model))
+
+    # Those who have trained a model want to see whether it is as good as the one in the box
+    own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
     own = own and not BOX.samefile(Path(config.diffusion).parent)
     if own:
         save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
 
-    # To take away: novel views with their cameras, meshes, and a page that shows it all.  Those of an earlier
-    # model must not stay beside the new
+    # To take away: novel views with their cameras, and meshes.  Those of an earlier model go first, because
+    # with fewer samples some would stay among the new ones
     for old in (out / "views").glob("seed_*"):
         shutil.rmtree(old, ignore_errors=True)
+    for old in ("figure3.png", *(["beside.png"] * (not own))):
+        (out / old).unlink(missing_ok=True)
     for k, latent in enumerate(latents) if config.views else ():
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
-        if k == 0:                         # the paper's Figure 3: a new object from cameras all around it
+        # The paper's Figure 3: a new object from eight cameras all around it
+        if k == 0:
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
+
+    # A page with the first eight samples, the first one on its way out of the noise, and a walk from the
+    # first to the second
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
-                  denoiser, (config.seed, config.seed + 1), config.steps)
-    print(f"wrote {out}: sheet.png, report.txt, report.json, viewer.html"
+                  denoiser, (config.seed, config.seed + 1), steps=config.steps, sampler=config.sampler)
+    print(f"wrote {out}: sheet.png, swaps.png, report.txt, report.json, viewer.html"
           + ", figure3.png, views/ (and in them mesh.glb)" * (config.views > 0) + ", beside.png" * own)
     run.lock.close()
 

@@ -35,6 +35,8 @@ from common import command
 class Config(autodecoder.Config):
     out: str = "runs/hybrid"             # folder for the model, the log and the pictures
     steps: int = 600                     # gradient steps (at least 1)
+    recolour: float = 0.0                # the paper shows objects in their own colours alone (from 0 to 1)
+    stretched: float = 0.0               # and as they are (from 0 to 1)
     planes: bool = True                  # three feature planes; no: a feature volume
     grid_latent: bool = False            # each object has a small volume of its own in place of a code
     coordinates: bool = True             # each block sees where its voxels are ("position concatenation")
@@ -106,10 +108,12 @@ class HybridDecoder(Autodecoder):
 
         # A code is spread over 4^dims places; a latent grid has 8 numbers in each place of its resolution
         self.start = (config.latent_resolution if config.grid_latent else 4,) * dims
-        numbers = copies * 8 * self.start[0] ** dims if config.grid_latent else config.code_width
-        self.codes = nn.Parameter(0.1 * torch.randn(objects, numbers))
+        half = copies * 4 * self.start[0] ** dims
+        shape, colour = (half, half) if config.grid_latent else (config.shape_width, config.colour_width)
+        self.shapes = nn.Parameter(0.1 * torch.randn(objects, shape))
+        self.colours = nn.Parameter(0.1 * torch.randn(objects, colour))
         self.spread = (Conv(8, first, 1) if config.grid_latent
-                       else nn.Linear(numbers, copies * first * self.start[0] ** dims))
+                       else nn.Linear(shape + colour + 3, copies * first * self.start[0] ** dims))
         self.g1 = nn.Sequential(block(first), Conv(first, config.latent_channels, 1))
 
         # G2, level by level as stage 1's; the last one names each voxel's children
@@ -129,7 +133,9 @@ class HybridDecoder(Autodecoder):
 
     def to_latent(self, codes):
         """(B,numbers) -> (B,C,r,r,r), or (B,3,C,r,r) for planes"""
-        x = self.spread(codes.view(-1, 8, *self.start) if self.config.grid_latent else codes)
+        # A latent grid has no room for the three stretches
+        grid = self.config.grid_latent
+        x = self.spread(codes[:, :-3].reshape(-1, 8, *self.start) if grid else codes)
         x = x.reshape(-1, self.enter.out_channels, *self.start)
         x = self.g1(packed(resize(x, self.config.latent_resolution)))
         return x.view(-1, 3, *x.shape[1:]) if self.config.planes else x

@@ -35,7 +35,7 @@ from volume_render import ANGLES, SIZE, cameras, render_views
 @dataclass
 class Config(diffusion.Config):
     out: str = "runs/unet"               # folder for the model, the log and the pictures
-    mix: float = 0.5                     # share of a batch that is G1 of mixed codes; 0: none (from 0 to 1)
+    mix: float = 0.5                     # share of a batch that is recombined; 0: none (from 0 to 1)
     steps: int = 4000                    # gradient steps (at least 1)
     batch: int = 16                      # latents in a step (at least 1)
     levels: tuple = (48, 96)             # channels of the levels; each halves the resolution (at least 1)
@@ -43,7 +43,7 @@ class Config(diffusion.Config):
 
 
 PRESETS = {"cpu": {}, "gpu": dict(levels=(128, 384), batch=64, steps=50000, lr=4.5e-4, save_every=2000),
-           "smoke": dict(steps=20, batch=4, mixtures=32, embedding=8, levels=(8, 8), preview_every=10,
+           "smoke": dict(steps=20, batch=4, recombinations=32, embedding=8, levels=(8, 8), preview_every=10,
                          save_every=10, log_every=5, count=2)}
 
 
@@ -102,35 +102,46 @@ class UNet(nn.Module):
 
 
 class LatentDenoiser(Denoiser):
-    """Stage 2's, on the normalised latent itself: no principal components, one deviation for all numbers."""
+    """Stage 2's, on the normalised latent itself: no principal components, one deviation for all numbers, and
+    the network guesses the latent, not its code."""
 
-    def __init__(self, config, shape):
+    def __init__(self, config, model):
         config.components = 1                                  # a basis that is not used
-        super().__init__(config, shape)
+        super().__init__(config, model)
         self.deviation = torch.ones(self.norm.centre.numel())
-        self.network = UNet(shape[0], config)
+        self.network = UNet(len(self.norm.centre), config)
 
-    def fit(self, latents, mixtures, generator):
+    def fit(self, codes, own, generator):
+        latents = latents_of(self.model[0], own)
         self.norm.fit(latents)
         rms = self.norm.normalize(latents).square().mean().sqrt()
         self.deviation.fill_(rms.item())
         least = self.config.low * rms.item()
         levels, sigma, entropy = diffusion.choose_levels(self.to_components(latents), least, generator)
         self.levels.copy_(levels)
-        return sigma, entropy
+        return self.to_components(latents_of(self.model[0], codes)), sigma, entropy
 
     def to_components(self, latents):
         return self.norm.normalize(latents).flatten(1)                                       # (B,C r^3)
 
-    def to_latents(self, z):
-        return self.norm.denormalize(z.view(-1, *self.shape))
+    def latents(self, z):
+        numbers = z.view(len(z), *self.norm.centre.shape)
+        return numbers * self.norm.scale + self.norm.shift + self.norm.centre
 
     def denoise(self, x, sigma):
-        """As stage 2's, but the network sees (B,C,r,r,r)"""
+        """x = z + sigma n (B,C r^3), sigma (B,1) -> the latent that it can have come from (B,C r^3)
+
+        Preconditioning (Karras et al. 2022, table 1): the network's input and its target have unit variance
+        at every sigma.  c_skip x is already the best *linear* denoiser; the network learns the rest."""
         total = (sigma ** 2 + self.deviation ** 2).sqrt()
         c_skip, c_out, c_in = self.deviation ** 2 / total ** 2, sigma * self.deviation / total, 1 / total
-        seen = self.network((c_in * x).view(-1, *self.shape), sigma.flatten().log() / 4)
-        return c_skip * x + c_out * seen.flatten(1)
+        seen = (c_in * x).view(len(x), *self.norm.centre.shape)
+        return c_skip * x + c_out * self.network(seen, sigma.flatten().log() / 4).flatten(1)
+
+    guess = denoise                                            # a sample is a latent, where stage 2 has a code
+
+    def error(self, guess, codes, z):
+        return guess - z
 
 
 @torch.no_grad()
@@ -141,12 +152,12 @@ def main(argv=None):
     device, out = pick_device(config.device), Path(config.out)
     model, names = load_autodecoder(config.autodecoder, device)
     state = load_stage(out, "this chapter's denoiser", "-m chapters.unet", "denoiser")
-    denoiser = LatentDenoiser(saved_config(Config, state, out), state["shape"])
+    denoiser = LatentDenoiser(saved_config(Config, state, out), model)
     denoiser.load_state_dict(state["denoiser"])
     denoiser.to(device).eval()
 
     # 64 samples, as stage 3 counts them; and a file of them for whoever compares methods
-    latents = torch.cat([diffusion.sample(denoiser, range(k, min(k + 16, config.count)))
+    latents = torch.cat([denoiser.latents(diffusion.sample(denoiser, range(k, min(k + 16, config.count))))
                          for k in range(0, config.count, 16)])
     training = latents_of(model, model.codes)
     rows = {"samples": novelty(latents, training),

@@ -27,13 +27,12 @@ plain words; in short, and for each the value of a perfect generator:
 Training objects themselves have the best 1-NNA: read it with Z_U.  +- is a deviation, by bootstrap.
 
 in   runs/diffusion, runs/autodecoder        stages 1 and 2, or the model in the box;
-     runs/shuffled                           a control, if it is there
 out  runs/evaluate/      tables.md, tables.json, figure.png
 run  python -m lab.evaluate
-     python diffusion.py --shuffle --out runs/shuffled       trains that control: latents of nothing
 read judge, rivals, main; and metrics.py, fresh.py.
 """
 import functools
+import html
 import math
 import zlib
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from common import Run, command, parse_config, pick_device, save_figure, save_text, to_bytes
-from diffusion import code_mixtures, fingerprint, latents_of, load_denoiser, nearest
+from diffusion import latents_of, nearest, recombined
 from diffusion import sample as draw_samples
 from lab.fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around,
                        read, see_objects, train_reader, training_cells)
@@ -59,7 +58,6 @@ class Config:
     diffusion: str = "runs/diffusion"    # stage 2's folder
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
     data: str = ""                       # unseen objects' photos; "": as the training ones', _test for _train
-    shuffled: str = "runs/shuffled"      # a denoiser trained with --shuffle; not there: left out
     cache: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
     out: str = "runs/evaluate"           # folder for the tables
     count: int = 500                     # samples of each kind, and fresh objects (at least 4)
@@ -189,17 +187,17 @@ def rivals(model, denoiser, config, device):
     """-> {name: latents (N,...)}: ours and the controls"""
     generator, count = torch.Generator().manual_seed(config.seed), config.count
     seeds, training = range(config.seed, config.seed + count), latents_of(model, model.codes)
-    draw = lambda denoiser: torch.cat([draw_samples(denoiser, seeds[k:k + 64]) for k in range(0, count, 64)])
-    sets = {"ours": draw(denoiser)}
+    sets = {"ours": torch.cat([denoiser.latents(draw_samples(denoiser, seeds[k:k + 64]))
+                               for k in range(0, count, 64)])}
     if config.controls:
-        sets |= {"mixtures of codes": latents_of(model, code_mixtures(model.codes, count, generator)),
-                 "Gaussian of codes": latents_of(model, gaussian(model.codes, count, generator)),
-                 "Gaussian of latents": gaussian(training, count, generator)}
-        if Path(config.shuffled, "last.pt").exists():
-            other, trained_on = load_denoiser(config.shuffled, device)
-            if trained_on["fingerprint"] == fingerprint(model):
-                sets["shuffled latents"] = draw(other)
-        sets["a copier"] = training[torch.randint(len(training), (count,), generator=generator)]
+        any_ = lambda: torch.randint(len(training), (count,), generator=generator).to(device)
+        plain = torch.zeros(count, 3, device=device)                               # not stretched
+        halves = [gaussian(half, count, generator) for half in (model.shapes, model.colours)]
+        sets |= {"recombined codes": latents_of(model, recombined(model, count, generator)),
+                 "swapped colours": latents_of(model, model.code(any_(), any_(), plain)),
+                 "Gaussian of codes": latents_of(model, torch.cat([*halves, plain], 1)),
+                 "Gaussian of latents": gaussian(training, count, generator),
+                 "a copier": training[any_()]}
     return sets | {"training objects": training}
 
 
@@ -250,8 +248,10 @@ def shown(name, number):
 
 
 def markdown(title, head, rows):
-    lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    # A name in a table must not open a cell, a line or an HTML tag
+    plain = lambda cell: html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
+    line = lambda cells: "| " + " | ".join(map(plain, cells)) + " |"
+    return "\n".join([f"### {title}", "", line(head), "|---" * len(head) + "|", *map(line, rows)]) + "\n"
 
 
 def plot_rows(rows, path):
@@ -300,17 +300,18 @@ def read_sets(reader, sets, fresh, control, cells):
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
-    out = Path(config.out)
-    save_json(out / "config.json", asdict(config))           # if --out cannot be written, say so now
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
+    # If a folder cannot be written, say so now, and not after an hour.  Two evaluations may share the cache:
+    # they make the same, file by file
+    run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
+    run.lock.close()
+    lock, out = Run(config.out, "evaluate", config, (), "evaluate.json", stale=()).lock, Path(config.out)
     cells, count, unseen = training_cells(names, model.config.data), config.count, None
     if cells:
         # Three sets of fresh objects: to compare with, to be compared, and to fit codes to (the first, so
         # that they are the same for any count)
         n = config.fits
-        run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
-        run.lock.close()                   # two evaluations may share it: they make the same, file by file
         reader = train_reader(config, run, device)
         numbers = range(n + 2 * count)
         every = see_objects(run.folder / "fresh.pt", "fresh", numbers, config, 8, config.points, run)
@@ -361,6 +362,7 @@ def main(argv=None):
     save_json(out / "tables.json", {"config": asdict(config), "rows": rows, "more": more})
     plot_rows(rows, out / "figure.png")
     print(f"wrote {out}: tables.md, tables.json, figure.png")
+    lock.close()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import Config as Stage1
 from autodecoder import fit_codes
 from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint, save_checkpoint,
                     to_bytes)
@@ -218,8 +217,12 @@ def training_cells(names, folder):
     cells = []
     for name, match in zip(names, found):
         file = Path(folder, name, "factors.json")
-        f = json.loads(file.read_text()) if file.exists() else earphones.draw_factors("train", int(match[1]))
-        cells.append(cell_of(labels(f)[None]).item())
+        try:
+            drawn = lambda: earphones.draw_factors("train", int(match[1]))
+            factors = json.loads(file.read_text()) if file.exists() else drawn()
+            cells.append(cell_of(labels(factors)[None]).item())
+        except (OSError, ValueError, KeyError, TypeError):       # somebody else's, or broken
+            return None
     return sorted(set(cells))
 
 
@@ -240,10 +243,9 @@ def held_out_codes(model, config, unseen, device):
     N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
     def make():
         print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
-        return fit_codes(model, photos, views, Stage1(fit_steps=config.fit_steps), device).cpu()
-    # The first photo of each object tells other objects
-    which = fingerprint(model)
-    ingredients = ["codes", which, config.fit_steps, len(views), photos.names, photos.rgb[:, 0]]
+        return fit_codes(model, photos, views, device, config.fit_steps).cpu()
+    which, seen = fingerprint(model), [photos.rgb, photos.mask, photos.pose, photos.intrinsics]
+    ingredients = ["codes", which, config.fit_steps, photos.names, photos.has_masks, *seen]
     return kept(Path(config.cache, f"fits_{which[:12]}.pt"), ingredients, make).to(device)
 
 

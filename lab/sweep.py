@@ -12,8 +12,10 @@ run  python -m lab.sweep mix                 the same command again goes on wher
 read SWEEPS, one_run, main.
 """
 import json
+import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +33,12 @@ class Config:
     out: str = "runs/sweep"              # folder for all runs
     hours: float = 8.0                   # begin no run after so many
     data: str = "data_large"             # folder of photos, of 256 objects; made if it is not there
-    steps1: int = 1500                   # of stage 1
-    steps2: int = 3000                   # of stage 2
-    count: int = 128                     # samples, and fresh objects
-    points: int = 512                    # on each shape
-    fits: int = 32                       # fresh objects that codes are fitted to
-    seeds: int = 1                       # trainings of stage 2 for each choice
+    steps1: int = 1500                   # of stage 1 (at least 1)
+    steps2: int = 3000                   # of stage 2 (at least 1)
+    count: int = 128                     # samples, and fresh objects (at least 4)
+    points: int = 512                    # on each shape (at least 1)
+    fits: int = 32                       # fresh objects that codes are fitted to (at least 4)
+    seeds: int = 1                       # trainings of stage 2 for each choice (at least 1)
     cache: str = "runs/fresh"            # evaluate.py's folder of fresh objects
     stages: str = "cpu"                  # cpu | gpu | smoke: the preset of every stage
     device: str = "auto"                 # auto, cpu or cuda
@@ -77,9 +79,11 @@ def one_run(config, first, second, seed):
         numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "cache")}
         evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
                                                    **numbers)])
-    row = json.loads(tables.read_text())["rows"]
-    held = [json.loads(line) for line in open(stage1 / "log.jsonl")]
-    return {"PSNR": [row["heldout"] for row in held if "heldout" in row][-1], **row["ours"]}
+    row, psnr = json.loads(tables.read_text())["rows"], math.nan
+    for line in open(stage1 / "log.jsonl"):
+        with suppress(ValueError):                             # a line that a kill cut off in the middle
+            psnr = json.loads(line).get("heldout", psnr)
+    return {"PSNR": psnr, **row["ours"]}
 
 
 def main(argv=None):
@@ -90,8 +94,8 @@ def main(argv=None):
         raise UserError(f"which sweep?  python -m lab.sweep NAME, where NAME is one of {', '.join(SWEEPS)}")
     # Runs of other sizes do not belong in the same figure
     recipe = ("data", "steps1", "steps2", "count", "points", "fits", "stages")
-    with Run(config.out, "sweep", config, recipe, "sweep.json", stale=()):
-        pass
+    run = Run(config.out, "sweep", config, recipe, "sweep.json", stale=())
+    run.lock.close()                     # two sweeps may share a folder: each of their runs has its own lock
     if not Path(config.data).exists():
         print(f"{config.data} is not there: making 256 objects first")
         render_shapenet.main(arguments(out=config.data, objects=256, test_objects=0))
@@ -102,6 +106,8 @@ def main(argv=None):
                 raise UserError(f"--hours {config.hours:g} are over, {len(rows)} runs done: "
                                 "the same command goes on")
             rows.append((label, one_run(config, first, second, seed)))
+            with run:                    # writes the recipe, now that no stage has refused a flag of it
+                pass
             report(Path(config.out, name), name, rows)
 
 
@@ -113,6 +119,7 @@ def report(folder, name, rows):
     lines = [[label, f"{row['PSNR']:.2f}", *(evaluate.shown(column, row.get(column)) for column in columns)]
              for label, row in rows]
     text = evaluate.markdown(name, head, lines)
+    print(text)
     save_text(folder / "table.md", text)
     plotted = [column for column in PLOTTED if column in columns]
     figure = Figure(figsize=(2.6 * len(plotted), 2.8), layout="constrained")
@@ -130,7 +137,6 @@ def report(folder, name, rows):
         axis.set(title=f"{column}, %" if column in evaluate.PERCENT else column, xlabel=name)
         axis.margins(x=0.2)
     save_figure(folder / "figure.png", figure)
-    print(text)
 
 
 if __name__ == "__main__":

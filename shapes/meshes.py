@@ -69,8 +69,10 @@ def load_obj(path):
     notes = {}
     vertices, uvs, corners, corner_uvs, material_names, libraries = read_obj(path, notes)
 
-    materials = {}
-    for line in list(dict.fromkeys(libraries))[:MAX_LIBRARIES]:
+    materials, libraries = {}, list(dict.fromkeys(libraries))
+    if len(libraries) > MAX_LIBRARIES:
+        note(notes, f"{len(libraries)} material files: only the first {MAX_LIBRARIES} are looked for")
+    for line in libraries[:MAX_LIBRARIES]:
         whole = find(line, path.parent, folder, notes)
         # One name with spaces in it, or several names
         for name in [line] if whole else line.split()[:MAX_LIBRARIES]:

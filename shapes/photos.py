@@ -107,10 +107,10 @@ def load_photos(folder, size, objects=0):
     folder = Path(folder)
     if size < 1:
         raise UserError(f"photos at {size} pixels a side: at least 1 is wanted")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is not there. For the procedural earphones, run: "
                         "python render_shapenet.py")
-    if (folder / "rgb").is_dir():
+    if os.path.isdir(folder / "rgb"):
         raise UserError(f"{folder} is a single object: give the folder that holds it, "
                         f"{folder.resolve().parent}")
     found = [entry for entry in visible(folder) if holds_photos(entry)][:objects or None]
@@ -131,15 +131,22 @@ def load_photos(folder, size, objects=0):
 
 
 def holds_photos(entry):
-    try:
-        return (entry / "rgb").is_dir() and os.listdir(entry / "rgb") is not None
-    except OSError as error:                                  # one that may not be read: go on without it
-        print(f"{entry} cannot be read ({error.strerror}): left out")
-        return False
+    """Whether it does.  One that may not be read, or whose name is none, must not stop the others."""
+    for folder in (entry, *(entry / sub for sub in ("rgb", "mask", "pose"))):
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            print(UserError(f"{folder} cannot be read: left out"))          # it writes out what is in a name
+            return False
+    there = os.path.isdir(entry / "rgb")
+    if there and not entry.name.isprintable():                # bytes that are no UTF-8, or control characters
+        print(UserError(f"{entry} has a name that cannot be printed: left out"))
+    return there and entry.name.isprintable()
 
 
 def visible(folder):
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from None
 
 
 def load_object(folder, size):
@@ -281,6 +288,36 @@ class Photos:
         place = self.near_start[o, view] + (u * count).long()
         return self.near[place], count > 0
 
+    def palettes(self, views):
+        """Mean (N,3) and covariance (N,3,3) of each object's colours, over these views"""
+        means, covariances = [], []
+        for rgb, mask in zip(self.rgb, self.mask):
+            colours = rgb[views][mask[views] == 255].float() / 255
+            colours = colours if len(colours) else torch.ones(1, 3)                # nothing to be seen
+            means.append(colours.mean(0))
+            # A little variance in all directions: an object of one colour must not be divided by zero
+            apart = colours - colours.mean(0)
+            covariances.append(apart.T @ apart / len(apart) + 1e-3 * torch.eye(3))
+        return torch.stack(means), torch.stack(covariances)
+
+    def extents(self, views, cells=64):
+        """(N,3): the sides of each object's bounding box, by its visual hull: the cells of a grid that lie
+        inside its silhouette in all of these views"""
+        centre = (torch.arange(cells) + 0.5) / cells - 0.5
+        z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
+        points, sides, last = torch.stack([x, y, z], -1).view(-1, 3), [], self.size - 1
+        for o, mask in enumerate(self.mask):
+            hull = points
+            for v in views.tolist():
+                camera = self.pose[o, v]
+                seen = (hull - camera[:3, 3]) @ camera[:3, :3] @ self.intrinsics[o].T
+                column, row = (seen[:, :2] / seen[:, 2:]).floor().long().unbind(1)
+                framed = (column >= 0) & (row >= 0) & (column <= last) & (row <= last)
+                hull = hull[framed & (mask[v, row.clamp(0, last), column.clamp(0, last)] > 63)]
+            box = hull.amax(0) - hull.amin(0) + 1 / cells if len(hull) else torch.ones(3)
+            sides.append(box)
+        return torch.stack(sides)
+
 
 def read_photos(folder, size, objects=0):
     """The first `objects` of a folder, or all"""
@@ -292,7 +329,8 @@ def kinds_of(folder, names):
     kinds = []
     for name in names:
         try:
-            kinds.append(str(json.loads(Path(folder, name, "factors.json").read_text())["kind"]))
+            kind = str(json.loads(Path(folder, name, "factors.json").read_text())["kind"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):       # not ours, or broken
-            kinds.append("objects")
+            kind = "objects"
+        kinds.append(kind if kind.isprintable() else "objects")
     return kinds

@@ -199,9 +199,8 @@ def surface_colour(mesh, face, bary):
     return upper.lerp(lower, fy) / 255
 
 
-def visible_faces_pytorch3d(mesh, camera, K, size):
-    """The same as visible_faces, by PyTorch3D, the paper's renderer.  What follows (colour,
-    filter, files) is shared."""
+def pytorch3d():
+    """What we need of it, if it is there: also asked before a run begins"""
     try:
         from pytorch3d.renderer import MeshRasterizer, PerspectiveCameras, RasterizationSettings
         from pytorch3d.structures import Meshes
@@ -209,6 +208,13 @@ def visible_faces_pytorch3d(mesh, camera, K, size):
         raise UserError(f"--renderer pytorch3d: PyTorch3D cannot be imported ({error}). "
                         "It has no wheel for today's Pythons: build it as its INSTALL.md says, "
                         "or leave the flag out, the default renderer needs nothing") from None
+    return MeshRasterizer, PerspectiveCameras, RasterizationSettings, Meshes
+
+
+def visible_faces_pytorch3d(mesh, camera, K, size):
+    """The same as visible_faces, by PyTorch3D, the paper's renderer.  What follows (colour,
+    filter, files) is shared."""
+    MeshRasterizer, PerspectiveCameras, RasterizationSettings, Meshes = pytorch3d()
     # The vertices are in OpenCV's camera axes already: what is left of PyTorch3D's camera
     # is to turn x and y around
     turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0], device=camera.device))[None]

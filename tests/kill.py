@@ -83,8 +83,8 @@ def main(argv=None):
                                                  "--autodecoder", str(folder / "1_whole")]),
             "3": (same_files, lambda out: ["sample.py", *trained, "--count", "2", "--views", "4",
                                            "--size", "32", "--out", out]),
-            "viewer": (same_files, lambda out: ["-m", "viewer.export", *trained, "--count", "2",
-                                                "--sheet", "4", "--frames", "4", "--level", "1", "--out", out]),
+            "viewer": (same_files, lambda out: ["-m", "viewer.export", *trained, "--count", "2", "--level",
+                                                "1", "--sheet", "4", "--frames", "4", "--out", out]),
             "lab": (same_files, lambda out: ["-m", "lab.evaluate", "--preset", "smoke", *trained,
                                              "--cache", out + "/cache", "--out", out])}
         for stage, (equal, command) in stages.items():
@@ -94,7 +94,8 @@ def main(argv=None):
                 # Late enough to have begun, early enough that twenty fit in: a run spends seconds on imports
                 process = start(command(str(killed)), log)
                 try:
-                    process.wait(moments.uniform(0.5, 5 + seconds / config.times))
+                    if process.wait(moments.uniform(0.5, 5 + seconds / config.times)):
+                        raise UserError(f"stage {stage} failed after its kill {died}: see {log.name}")
                     print(f"stage {stage} was done before its kill {died + 1}: beginning again")
                     subprocess.run(["rm", "-rf", killed], check=True)
                 except subprocess.TimeoutExpired:

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 import common
 import diffusion
 import volume_render
-from chapters import hybrid, unet
+from chapters import few_views, hybrid, unet
 from common import UserError
+from conftest import train
+from test_diffusion import Linear
 
 # ---- hybrid ----
 
@@ -21,7 +23,7 @@ from common import UserError
     ({"planes": False, "grid_latent": True, "coordinates": False}, (2, 16, 8, 8, 8)),
     ({"attention": True, "bands": 0, "features": 5}, (2, 3, 16, 8, 8))])
 def test_every_knob_decodes_and_learns(change, latent):
-    config = replace(hybrid.Config(), channels=(16, 16), code_width=12, precision="float32", **change)
+    config = replace(hybrid.Config(), channels=(16, 16), shape_width=12, precision="float32", **change)
     torch.manual_seed(0)
     model = hybrid.HybridDecoder(config, 3)
     z = model.to_latent(model.codes[:2])
@@ -36,6 +38,12 @@ def test_every_knob_decodes_and_learns(change, latent):
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     attention = ["norm.weight", "norm.bias", "qkv.weight", "qkv.bias"]
     assert unused in ([], [f"levels.0.1.{name}" for name in attention])      # attention begins as 0
+
+
+@pytest.mark.parametrize("width, heads", [(16, 4), (6, 2), (5, 1)])
+def test_heads_divide_the_channels(width, heads):
+    attention = hybrid.Attention(width)
+    assert attention.heads == heads and attention(torch.randn(2, width, 3, 3, 3)).shape == (2, width, 3, 3, 3)
 
 
 def test_adding_the_coordinates_is_concatenating_them():
@@ -64,9 +72,9 @@ def test_planes_summed_into_a_volume_are_planes():
     xy, xz, yz = torch.randn(3, 1, 2, 8, 8)
     volume = xy[:, :, None] + xz[:, :, :, None] + yz[..., None]
     p = torch.rand(1, 40, 3) - 0.5
-    planes = sum(
-        F.grid_sample(plane, 2 * p[:, :, None, axes], align_corners=False, padding_mode="border")[0, :, :, 0].T
-        for plane, axes in ((xy, [0, 1]), (xz, [0, 2]), (yz, [1, 2])))
+    at = lambda plane, axes: F.grid_sample(plane, 2 * p[:, :, None, axes], align_corners=False,
+                                           padding_mode="border")[0, :, :, 0].T
+    planes = at(xy, [0, 1]) + at(xz, [0, 2]) + at(yz, [1, 2])
     assert (volume_render.lookup(volume, p)[0] - planes).abs().max() < 1e-5
 
 
@@ -80,15 +88,36 @@ def test_a_stage_does_not_take_a_chapters_model_for_its_own(data, tmp_path):
         diffusion.main(["--autodecoder", str(tmp_path / "run"), "--out", str(tmp_path / "x")])
 
 
+# ---- few views ----
+
+def test_codes_are_fitted_to_unseen_objects(data, trained, tmp_path, capsys):
+    flags = ["--autodecoder", str(trained), "--data", str(data / "earphones_test"), "--out", str(tmp_path),
+             "--device", "cpu", "--steps", "5", "--objects", "0"]
+    for views in ("1", "2"):
+        few_views.main([*flags, "--views", views])
+        said = capsys.readouterr().out
+        assert "2 unseen objects" in said and f"{views} photos each" in said
+        assert (tmp_path / f"views_{views}.png").exists() and "ours" in (tmp_path / f"views_{views}.txt").read_text()
+    with pytest.raises(UserError, match="--views 6"):
+        few_views.main([*flags, "--views", "6"])
+
+
+def test_one_object_has_no_spread_to_fit_by(data, tmp_path):
+    train(data, tmp_path / "one", "--objects", "1")
+    with pytest.raises(UserError, match="knows one object"):
+        few_views.main(["--autodecoder", str(tmp_path / "one"), "--data", str(data / "earphones_test"),
+                        "--out", str(tmp_path)])
+
+
 # ---- unet ----
 
 @pytest.mark.parametrize("options, shape", [({}, (16, 8, 8, 8)), ({"levels": (8, 16, 24)}, (4, 8, 8, 8))])
 def test_the_u_net_begins_linear_and_sees_the_level(options, shape):
-    denoiser = unet.LatentDenoiser(replace(unet.Config(), **options), shape)
+    denoiser = unet.LatentDenoiser(replace(unet.Config(), **options), Linear(3, shape=shape))
     assert sum(p.numel() for p in denoiser.network.parameters()) < 5e6
     x, latents = torch.randn(2, *shape), torch.randn(3, *shape)
     assert denoiser.network(x, torch.zeros(2)).abs().max() == 0
-    assert torch.allclose(denoiser.to_latents(denoiser.to_components(latents)), latents, atol=1e-5)
+    assert torch.allclose(denoiser.latents(denoiser.to_components(latents)), latents, atol=1e-5)
     sigma = torch.full((3, 1), 2.0)
     flat = denoiser.to_components(latents)
     assert torch.allclose(denoiser.denoise(flat, sigma), flat / 5)           # c_skip of a unit deviation
@@ -102,11 +131,11 @@ def test_the_u_net_begins_linear_and_sees_the_level(options, shape):
 
 
 def test_the_u_net_trains_and_writes_its_samples(trained, tmp_path, capsys):
-    flags = ["--preset", "smoke", "--steps", "4", "--preview_every", "4", "--save_every", "4", "--device", "cpu",
-             "--autodecoder", str(trained), "--out", str(tmp_path / "run")]
+    flags = ["--preset", "smoke", "--steps", "4", "--preview_every", "4", "--save_every", "4",
+             "--device", "cpu", "--autodecoder", str(trained), "--out", str(tmp_path / "run")]
     unet.main(flags)
     assert "Outside the span" in capsys.readouterr().out and (tmp_path / "run/samples.png").exists()
     first = common.load_checkpoint(tmp_path / "run/latents.pt")["latents"]
     assert first.shape == (2, 16, 8, 8, 8) and first.isfinite().all()
-    unet.main(flags)                                                         # trained already: the same samples
+    unet.main(flags)                                                # trained already: the same samples
     assert torch.equal(common.load_checkpoint(tmp_path / "run/latents.pt")["latents"], first)

@@ -1,4 +1,7 @@
 """Configuration, safe writing and pictures."""
+import os
+import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +15,8 @@ from PIL import Image
 import common
 from common import UserError
 from shapes import photos
+
+ROOT = Path(common.__file__).parent
 
 
 @dataclass
@@ -144,20 +149,40 @@ def test_device():
 def test_ctrl_c_is_one_line_and_a_closed_pipe_none(tmp_path):
     def run(body, shell=""):
         line = f"{sys.executable} -c 'import common; common.command(lambda: {body})'{shell}"
-        return subprocess.run(["bash", "-c", line], cwd=Path(common.__file__).parent, capture_output=True, text=True)
+        return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     done = run('(_ for _ in ()).throw(KeyboardInterrupt)')
     assert done.returncode == 1 and done.stderr == "stopped; what was written before is kept\n"
     done = run('[print("x" * 1000) for _ in range(1000)]', " | head -1")
     assert done.stderr == "" and done.stdout.startswith("xxx")
+    done = run('print("x")', " >&-")                                     # closed: Python has no stdout at all
+    assert done.returncode == 0 and done.stderr == ""
+
+
+SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+           if path.parent.name != "tests" and '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_ctrl_c_in_any_script_is_one_line(path, monkeypatch):
+    """A real SIGINT where each one begins, after its imports"""
+    import autodecoder, diffusion
+    monkeypatch.setattr(sys, "argv", [path.stem])
+    for module in (common, autodecoder, diffusion):              # (a chapter begins in its stage)
+        monkeypatch.setattr(module, "parse_config", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(UserError, match="stopped; what was written before is kept"):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def test_digests_tell_apart():
     x = torch.arange(4.0)
-    things = [x, x.double(), x.view(2, 2), x.bool(), [x], {"a": x}, {"b": x}, [x, x], 1, 1.0, "1", None, [], [[]]]
+    things = [x, x.double(), x.view(2, 2), x.bool(), [x], {"a": x}, {"b": x}, [x, x], 1, 1.0, "1", None, [],
+              [[]]]
     assert len({common.digest(thing) for thing in things}) == len(things)
     assert common.digest(x[1]) == common.digest(torch.tensor(1.0))
     assert common.digest(x) == common.digest(x.clone())
 
 
-def test_control_characters_in_a_message_are_written_out():
+def test_control_characters_in_a_message_are_written_out(tmp_path, capsys):
     assert str(UserError("a\x1b[31m\nb\udce9 \u00e9")) == "a\\x1b[31m\\nb\\udce9 \u00e9"
+    common.Run(tmp_path, "test", Config(), (), stale=()).say("a\x1b[31m\nb\udce9")
+    assert capsys.readouterr().out == "a\\x1b[31m\\nb\\udce9\n"

@@ -3,6 +3,7 @@ gets told."""
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ import autodecoder
 import common
 import diffusion as stage
 import sample
+import volume_render
 from shapes.photos import load_photos
 from viewer import box
 from common import UserError
@@ -38,28 +40,35 @@ def train(trained, out, *more):
     stage.main([*SMOKE, "--autodecoder", str(trained), "--out", str(out), *more])
 
 
-def low_rank(count, rank=6, shape=(16, 8, 8, 8), seed=0):
-    """Gaussian latents about a mean, in a few of thousands of dimensions"""
-    g = torch.Generator().manual_seed(seed)
-    ways = torch.linalg.qr(torch.randn(math.prod(shape), rank, generator=g))[0].T
-    ways = ways * torch.linspace(40, 10, rank)[:, None]
-    g = torch.Generator().manual_seed(seed + 1)
-    return (torch.randn(count, rank, generator=g) @ ways + 0.3).view(count, *shape)
+class Linear:
+    """A stand-in for stage 1 whose G1 is linear: its codes are a bell, so its latents are one too, in a few of
+    thousands of dimensions"""
+
+    def __init__(self, count, rank=6, shape=(16, 8, 8, 8)):
+        g = torch.Generator().manual_seed(0)
+        ways = torch.linalg.qr(torch.randn(math.prod(shape), rank, generator=g))[0].T
+        self.ways, self.shape = ways * torch.linspace(40, 10, rank)[:, None], shape
+        self.codes = torch.randn(count, rank, generator=g)
+        self.config = SimpleNamespace(latent_channels=shape[0], latent_resolution=shape[1], precision="float32")
+
+    def to_latent(self, codes):
+        return (codes @ self.ways + 0.3).view(-1, *self.shape)
 
 
-def fitted(latents, steps, seed=0, **options):
-    """A denoiser trained on latents, as main() trains it"""
+def fitted(model, steps, seed=0, **options):
+    """A denoiser trained on a model's latents, as main() trains it"""
     config = replace(stage.Config(), **{"width": 128, "layers": 1, "components": 64, "batch": 64, **options})
-    config.components = min(config.components, len(latents))
+    config.components = min(config.components, len(model.codes))
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    denoiser = stage.Denoiser(config, latents.shape[1:])
-    denoiser.fit(latents, latents[:0], g)
-    data, optimizer = denoiser.to_components(latents), torch.optim.Adam(denoiser.network.parameters(), 2e-3)
+    denoiser = stage.Denoiser(config, model)
+    data = denoiser.fit(model.codes, model.codes, g)[0]
+    optimizer = torch.optim.Adam(denoiser.network.parameters(), 2e-3)
     for _ in range(steps):
-        z = data[torch.randint(len(data), (config.batch,), generator=g)]
+        item = torch.randint(len(data), (config.batch,), generator=g)
+        z, codes = data[item], model.codes[item]
         u = (torch.arange(len(z)) + torch.rand(len(z), generator=g)) / len(z)
-        loss = stage.denoising_loss(denoiser, z, torch.randn(z.shape, generator=g), u).mean()
+        loss = stage.denoising_loss(denoiser, z, codes, torch.randn(z.shape, generator=g), u).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -68,12 +77,13 @@ def fitted(latents, steps, seed=0, **options):
 
 # ---- normalisation ----
 
-def test_robust_norm_is_the_formula_and_inverts():
+def test_robust_norm_is_the_formula():
     latents = torch.randn(20, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1.0, 5, 0.1, 2]).view(4, 1, 1, 1) + torch.arange(27.0).view(3, 3, 3)
     norm = stage.RobustNorm(latents.shape[1:])
     norm.fit(latents)
-    assert torch.allclose(norm.denormalize(norm.normalize(latents)), latents, atol=1e-4)
+    back = norm.normalize(latents) * norm.scale + norm.shift + norm.centre
+    assert torch.allclose(back, latents, atol=1e-4)
     left = (latents - latents.mean(0)).numpy()
     for channel in range(4):
         q25, q50, q75 = np.quantile(left[:, channel], (0.25, 0.5, 0.75), method="nearest")
@@ -111,8 +121,9 @@ def test_posterior_entropy_of_two_points():
 
 
 def test_levels_are_where_the_choice_is():
-    denoiser = fitted(low_rank(40), 0)
-    points = denoiser.to_components(low_rank(40))
+    model = Linear(40)
+    denoiser = fitted(model, 0)
+    points = denoiser.to_components(model.to_latent(model.codes))
     sigma = denoiser.level(torch.linspace(0, 1, 101))
     entropy = stage.posterior_entropy(points, sigma.tolist(), torch.Generator().manual_seed(1))
     assert (sigma.diff() > 0).all() and entropy[0] < 0.01 and entropy[-1] > 0.9
@@ -122,13 +133,11 @@ def test_levels_are_where_the_choice_is():
     assert between > 1.3 * ((entropy > 0.02) & (entropy < 0.9)).float().mean()
 
 
-def test_levels_are_those_of_the_table_and_between():
-    denoiser = fitted(low_rank(20), 0)
+def test_levels_are_those_of_the_table():
+    denoiser = fitted(Linear(20), 0)
     assert len(denoiser.levels) == 1000 and (denoiser.levels.diff() > 0).all()
     places = torch.tensor([0.0, 500 / 999, 1.0])
-    assert torch.allclose(denoiser.level(places), denoiser.levels[[0, 500, 999]], rtol=1e-4)
-    middle = denoiser.level(torch.tensor([500.5 / 999])).item()
-    assert denoiser.levels[500] < middle < denoiser.levels[501]
+    assert torch.equal(denoiser.level(places), denoiser.levels[[0, 500, 999]])
 
 
 def test_level_embedding_golden():
@@ -141,91 +150,51 @@ def test_level_embedding_golden():
 
 # ---- the formulations ----
 
-class Seen(torch.nn.Module):
-    """A network that keeps what it is given, and says 0, or something of its own"""
+class Ideal:
+    """The ideal denoiser of a bell with these deviations, in float64: D(x) = c_skip x; or another's D"""
 
-    def __init__(self, answer=0.0):
-        super().__init__()
-        self.answer = answer
+    def __init__(self, deviation, formulation="edm", low=0.002, high=80.0, denoise=None):
+        self.config = SimpleNamespace(formulation=formulation)
+        self.deviation = deviation
+        self.levels = torch.linspace(math.log(low), math.log(high), stage.LEVELS, dtype=torch.float64).exp()
+        self.denoise = denoise or (lambda x, sigma: deviation ** 2 / (deviation ** 2 + sigma ** 2) * x)
+        self.guess = self.denoise
+        self.error = lambda guess, codes, z: guess - z
 
-    def forward(self, x, level):
-        self.x = x
-        return torch.zeros_like(x) + self.answer
-
-
-def with_network(deviation, network, formulation="edm", low=0.02, high=80.0):
-    """A denoiser of `deviation`'s numbers by a network given, in float64"""
-    denoiser = stage.Denoiser(replace(stage.Config(), components=len(deviation), width=1, layers=0,
-                                      formulation=formulation), (len(deviation), 1, 1, 1)).double()
-    denoiser.deviation.copy_(deviation)
-    denoiser.levels.copy_(torch.linspace(math.log(low), math.log(high), stage.LEVELS).exp())
-    denoiser.basis.copy_(torch.eye(len(deviation)))
-    denoiser.network = network
-    return denoiser
-
-
-def test_preconditioning_gives_unit_variance():
-    g = torch.Generator().manual_seed(0)
-    deviation = torch.tensor([30.0, 3.0, 0.2], dtype=torch.float64)
-    z, noise = deviation * torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g)
-    for sigma in (0.1, 1.0, 20.0, 300.0):
-        x, level = z + sigma * noise, torch.full((len(z), 1), sigma, dtype=torch.float64)
-        network = Seen()
-        skipped = with_network(deviation, network).denoise(x, level)                 # c_skip x
-        assert (network.x.std(0) - 1).abs().max() < 0.01                             # c_in x
-        c_out = with_network(deviation, Seen(1.0)).denoise(x, level) - skipped
-        assert (((z - skipped) / c_out).std(0) - 1).abs().max() < 0.01
-    # with one deviation for all: the table of Karras et al.
-    one = with_network(torch.tensor([0.5]), Seen())
-    found = one.denoise(torch.ones(1, 1).double(), torch.full((1, 1), 2.0).double()).item()
-    assert abs(found - 0.25 / 4.25) < 1e-6
-    assert abs(one.network.x.item() - 1 / 4.25 ** 0.5) < 1e-6
+    level = stage.Denoiser.level
 
 
 @pytest.mark.parametrize("formulation", ["ddpm", "edm"])
 def test_the_loss_is_that_of_the_papers(formulation):
     """DDPM: the squared error of the predicted noise, x' = sqrt(a) z + sqrt(1 - a) n.  EDM: the squared error of
-    the network's output against (z - c_skip x) / c_out.  Both in float64, by their own formulas."""
+    the latent, each component's weighted by 1 / (sigma^2 + a tenth of its variance).  In float64, by their own
+    formulas, of a denoiser that is wrong somehow."""
     g = torch.Generator().manual_seed(0)
     deviation = torch.tensor([7.0, 0.4], dtype=torch.float64)
     z, n = deviation * torch.randn(5, 2, generator=g), torch.randn(5, 2, generator=g).double()
     u = torch.rand(5, generator=g).double()
-    network = torch.nn.Sequential(torch.nn.Linear(2, 2)).double()
-    wrapped = Seen()
-    wrapped.forward = lambda x, level: network(x)
-    denoiser = with_network(deviation, wrapped, formulation)
-    ours = stage.denoising_loss(denoiser, z, n, u)
+    wrong = lambda x, sigma: 0.7 * x + sigma.sin()
+    denoiser = Ideal(deviation, formulation, denoise=wrong)
+    ours = stage.denoising_loss(denoiser, z, None, n, u)
+    share = deviation ** 2 / deviation.square().mean()
     if formulation == "ddpm":
-        sigma = denoiser.levels[(u * 1000).long()][:, None]
+        sigma = denoiser.level(u)[:, None]
         a = 1 / (1 + sigma ** 2)                                                     # alpha_bar
         x = a.sqrt() * z + (1 - a).sqrt() * n
-        total = (a * deviation ** 2 + 1 - a).sqrt()
-        # the best linear guess of the noise, and what the network adds: its sign is EDM's, flipped
-        guess = (1 - a).sqrt() * x / total ** 2 - a.sqrt() * deviation / total * network(x / total)
-        expected = (guess - n).square().mean(1)
+        predicted = (x - a.sqrt() * wrong(x / a.sqrt(), sigma)) / (1 - a).sqrt()
+        expected = (share * (predicted - n).square()).mean(1)
     else:
         sigma = denoiser.level(u)[:, None]
-        total = (sigma ** 2 + deviation ** 2).sqrt()
-        x = z + sigma * n
-        target = (z - deviation ** 2 / total ** 2 * x) / (sigma * deviation / total)
-        expected = (network(x / total) - target).square().mean(1)
+        error = (wrong(z + sigma * n, sigma) - z).square()
+        expected = (share * error / (sigma ** 2 + deviation ** 2 / 10)).mean(1)
     assert torch.allclose(ours, expected, rtol=1e-9)
 
 
-def test_a_place_that_rounds_up_to_1_is_the_last_level():
-    """float32: (1023 + 0.99999) / 1024 is 1"""
-    denoiser = with_network(torch.tensor([1.0, 2.0]), Seen(), "ddpm").float()
-    u = (torch.tensor([1023.0]) + 0.99999) / 1024
-    assert u.item() == 1
-    assert stage.denoising_loss(denoiser, torch.ones(1, 2), torch.ones(1, 2), u).isfinite().all()
-
-
 def test_heun_converges_at_second_order_on_a_gaussian():
-    """A network that says 0 leaves the ideal denoiser of a Gaussian, D(x) = c_skip x"""
     deviation, errors = torch.tensor([0.5, 4.0, 20.0], dtype=torch.float64), []
     start = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(k)) for k in range(8)])
     for steps in (16, 32, 64):
-        ours = stage.sample(with_network(deviation, Seen()), range(8), steps, "heun").flatten(1)
+        ours = stage.sample(Ideal(deviation), range(8), steps, "heun")
         errors.append((ours / (start * deviation) - 1).abs().max().item())
     assert 2.8 < errors[0] / errors[1] < 6 and errors[1] / errors[2] > 2.5, errors
 
@@ -240,7 +209,7 @@ def test_an_ancestral_step_by_hand():
     denoiser = SimpleNamespace(denoise=lambda x, sigma: torch.full_like(x, z))
     levels = torch.tensor([now, after], dtype=torch.float64)
     start = torch.tensor([[x]], dtype=torch.float64)
-    still, moved = (next(iter(stage.ancestral_sample(denoiser, start, levels, lambda: noise)))[2].item()
+    still, moved = (next(iter(stage.ancestral_sample(denoiser, start, levels, lambda: noise))).item()
                     for noise in (torch.zeros(1, 1).double(), torch.ones(1, 1).double()))
     assert abs(still - mean / math.sqrt(b)) < 1e-12
     assert abs(moved - still - precision ** -0.5 / math.sqrt(b)) < 1e-12
@@ -249,28 +218,30 @@ def test_an_ancestral_step_by_hand():
 def test_ancestral_sampling_of_a_gaussian():
     """The ideal denoiser of a Gaussian: its variance comes out."""
     deviation = torch.tensor([3.0, 0.3], dtype=torch.float64)
-    denoiser = with_network(deviation, Seen())
-    x = stage.sample(denoiser, range(2000), 400, "ancestral").flatten(1)
+    x = stage.sample(Ideal(deviation), range(2000), 400, "ancestral")
     assert (x.std(0) / deviation - 1).abs().max() < 0.06 and (x.mean(0) / deviation).abs().max() < 0.07
 
 
 @pytest.mark.parametrize("formulation", ["edm", "ddpm"])
-def test_low_rank_latents_are_sampled_with_their_variance(formulation):
-    latents = low_rank(300)
-    denoiser = fitted(latents, 400, formulation=formulation)
-    samples = stage.sample(denoiser, range(200), 18 if formulation == "edm" else 200)
-    spread = lambda x: (x - latents.mean(0)).square().sum() / len(x)
-    assert 0.8 < spread(samples) / spread(latents) < 1.2
-    assert sample.outside_span(samples, latents).max() < 0.05
+def test_a_bell_is_sampled_with_its_variance(formulation):
+    model = Linear(300)
+    denoiser = fitted(model, 400, formulation=formulation)
+    codes = stage.sample(denoiser, range(200), 18 if formulation == "edm" else 200)
+    ratio = codes.std(0) / model.codes.std(0)
+    assert 0.75 < ratio.min() and ratio.max() < 1.25, ratio
+    assert sample.outside_span(denoiser.latents(codes), model.to_latent(model.codes)).max() < 0.01
 
 
-def test_latents_are_really_used():
-    """Each element drawn from another object: the same marginals, none of the structure.  Samples of it must
-    lie elsewhere: their part outside the real latents' span is large."""
-    latents, g = low_rank(100), torch.Generator().manual_seed(3)
-    real, other = (sample.outside_span(stage.sample(fitted(some, 100), range(32)), latents).median()
-                   for some in (latents, stage.shuffled(latents, g)))
-    assert other > 0.5 and other > 5 * real
+def test_the_linear_guess_is_the_best_one_of_a_bell():
+    """Untrained, the denoiser of a bell's latents is the ideal one: c_skip x, for the noised components"""
+    model = Linear(2000)
+    denoiser = fitted(model, 0, components=6)
+    z = denoiser.to_components(model.to_latent(model.codes))
+    for sigma in (0.5, 10.0, 100.0):
+        x = z + sigma * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+        ideal = denoiser.deviation ** 2 / (denoiser.deviation ** 2 + sigma ** 2) * x
+        found = denoiser.denoise(x, torch.full((len(x), 1), sigma))
+        assert ((found - ideal).square().mean() / ideal.square().mean()).sqrt() < 0.05
 
 
 # ---- the denoisers ----
@@ -280,42 +251,74 @@ def test_latents_are_really_used():
     ({"components": 20, "width": 64, "layers": 0}, (3, 4, 4, 4)),
     ({"embedding": 7}, (16, 8, 8, 8))])
 def test_denoisers(options, shape):
-    denoiser = stage.Denoiser(replace(stage.Config(), **options), shape)
+    denoiser = stage.Denoiser(replace(stage.Config(), **options), Linear(30, shape=shape))
     torch.nn.init.normal_(denoiser.basis)
     assert sum(p.numel() for p in denoiser.network.parameters()) < 5e6
     x = denoiser.to_components(torch.randn(2, *shape))
-    assert denoiser.to_latents(x).shape == (2, *shape)
-    # begins as the best linear denoiser
-    assert denoiser.network(x, torch.zeros(2)).abs().max() == 0
+    assert denoiser.network(x, torch.zeros(2)).abs().max() == 0             # begins as the linear guess
     for p in denoiser.network.parameters():
         torch.nn.init.normal_(p, std=0.05)
     a = denoiser.network(x, torch.tensor([0.0, 0.0]))
     b = denoiser.network(x, torch.tensor([0.0, 1.0]))
-    assert a.shape == x.shape
+    assert a.shape == (2, 6)
     assert torch.allclose(a[0], b[0], atol=1e-5)
     assert (a[1] - b[1]).abs().max() > 1e-4                                      # level is used
     a.sum().backward()
     assert all(p.grad is not None for p in denoiser.network.parameters())
+    assert not any("model" in name for name in denoiser.state_dict())            # G1 is not saved again
 
 
 def test_principal_components_are_orthonormal_and_enough():
-    latents = low_rank(50)
+    model = Linear(50)
+    latents = model.to_latent(model.codes)
     basis = stage.principal((latents - latents.mean(0)).flatten(1), 6)
     assert torch.allclose(basis @ basis.T, torch.eye(6), atol=1e-4)
     x = (latents - latents.mean(0)).flatten(1)
     assert (x - x @ basis.T @ basis).norm() < 1e-3 * x.norm()
 
 
-def test_mixtures_are_convex_and_of_neighbours():
-    codes = torch.cat([torch.eye(4), 100 + torch.eye(4)])
-    g = torch.Generator().manual_seed(0)
-    near = stage.code_mixtures(codes, 200, g, 4)
-    far = stage.code_mixtures(codes, 200, g)
-    assert ((near.mean(1) < 2) | (near.mean(1) > 98)).all()
-    assert not ((far.mean(1) < 2) | (far.mean(1) > 98)).all()
-    assert (near.sum(1) - near.sum(1).round()).abs().max() < 1e-2                # shares add up to one
-    low = near[near.mean(1) < 2]
-    assert low.min() >= 0 and (low.sum(1) - 1).abs().max() < 1e-5
+def test_recombined_codes_are_of_neighbours_in_others_colours(trained):
+    model, _ = autodecoder.load_autodecoder(trained)
+    model.shapes = torch.nn.Parameter(torch.cat([torch.eye(4), 100 + torch.eye(4)]) @ torch.randn(4, 8))
+    model.shapes.data[:4], model.shapes.data[4:] = torch.eye(4, 8), 100 + torch.eye(4, 8)
+    model.colours = torch.nn.Parameter(torch.arange(8.0)[:, None].expand(8, 8).clone())
+    codes = stage.recombined(model, 400, torch.Generator().manual_seed(0), among=4, spread=1.0)
+    shape, colours, stretch = codes[:, :8], codes[:, 8:16], codes[:, 16:]
+    low = shape.mean(1) < 50
+    assert shape.shape == colours.shape == (400, 8) and 100 < low.sum() < 300
+    ours = shape - 100 * (~low)[:, None]
+    assert ours[:, :4].min() > -1e-3 and (ours[:, :4].sum(1) - 1).abs().max() < 1e-3       # between neighbours
+    assert (colours == colours[:, :1]).all() and len(colours[:, 0].unique()) == 8          # somebody's, whole
+    assert not (colours[:, 0] < 4).eq(low).all()                                           # not the neighbours'
+    assert (stretch.amax(1) - stretch.amin(1)).max() <= 2 + 1e-4
+    wide = stage.recombined(model, 400, torch.Generator().manual_seed(0), among=4, spread=2.0)
+    assert wide[:, :4].min() < -0.05                                                       # beyond them
+
+
+def test_recombined_volumes_have_the_usual_diagonal():
+    """A model whose volumes are boxes with the sides 2^stretch / 4: whatever is drawn, diagonals come out equal"""
+    class Boxes:
+        shapes, colours, field = torch.zeros(3, 2), torch.zeros(3, 2), lambda self, c, p: (c[..., 0], c[..., :3])
+        config = SimpleNamespace(stretch=math.log(2))
+        codes = torch.zeros(3, 7)
+
+        def volumes_of(self, codes):
+            half = 2.0 ** codes[:, -3:, None] / 8                                        # (B,3,1)
+            inside = (torch.arange(64) + 0.5 - 32).abs() / 64 < half                     # (B,3,64)
+            x, y, z = inside.unbind(1)
+            box = z[:, :, None, None] & y[:, None, :, None] & x[:, None, None]
+            return 1e3 * box[:, None].float().expand(-1, 4, -1, -1, -1)
+
+    model = Boxes()
+    codes = stage.recombined(model, 20, torch.Generator().manual_seed(0))
+    assert codes[:, -3:].std() > 0.3
+    assert (stage.diagonals(model, codes) / (3 ** 0.5 / 4) - 1).abs().max() < 0.06       # a voxel is 6 %
+
+
+def test_a_bounding_box_by_hand():
+    solid = torch.zeros(2, 8, 8, 8, dtype=torch.bool)
+    solid[0, 2:4, 1:7, 5] = True                                                          # z, y, x
+    assert volume_render.bounding_box(solid).tolist() == [[1 / 8, 6 / 8, 2 / 8], [1 / 8] * 3]
 
 
 # ---- running it ----
@@ -335,25 +338,46 @@ def test_training_writes_and_samples(diffused, trained, tmp_path, capsys):
     assert photos.shape == (3, 2, 32, 32, 3) and masks is not None and names[0] == "seed_000000"
     rows = json.loads((tmp_path / "s/report.json").read_text())["rows"]
     counts = {name: len(some) for name, some in rows.items()}
-    assert counts == {"samples": 3, "training objects": 3, "code mixtures": 128}
+    assert counts == {"samples": 3, "training objects": 3, "recombined codes": 128}
     assert max(row["outside"] for row in rows["training objects"]) < 1e-3
     assert np.array(Image.open(tmp_path / "s/sheet.png")).shape[0] > 3 * 128
     assert (tmp_path / "s/figure3.png").exists()
 
 
+def test_parts_of_samples_are_exchanged(diffused, trained, tmp_path):
+    """One shape in all the samples' colours, one object's colours on all shapes, taller: what the code says"""
+    model, names, denoiser = stage.load_denoiser(diffused)
+    codes = stage.sample(denoiser, range(3), 4)
+    ask = lambda **wanted: sample.exchanged(codes.clone(), model, names, denoiser,
+                                            replace(sample.Config(), **wanted))
+    assert torch.equal(ask(), codes)
+    shaped = ask(shape_of="7", colours_of=names[1])
+    other = stage.sample(denoiser, [7])[0]
+    assert torch.equal(shaped[:, :8], other[:8].expand(3, -1)) and torch.equal(shaped[1, -3:], other[-3:])
+    assert torch.equal(shaped[:, 8:-3], model.colours[1].expand(3, -1))
+    taller = ask(stretch=(1.0, 1.0, 1.2)) - codes
+    assert (taller[:, :-1] == 0).all() and (taller[:, -1] - math.log(1.2) / 0.18).abs().max() < 1e-5
+    told(lambda: ask(shape_of="train_0"), "train_0", "no training object and no seed", names[0])
+    told(lambda: sample.main(["--stretch", "1", "2"]), "--stretch", "three")
+    told(lambda: sample.main(["--stretch", "1", "1", "9"]), "--stretch", "1.4")
+    sample.main(["--diffusion", str(diffused), "--count", "2", "--views", "0", "--shape-of", names[0],
+                 "--stretch", "1", "1", "1.2", "--out", str(tmp_path)])
+    assert (tmp_path / "swaps.png").exists()
+
+
 def test_a_sample_is_the_same_in_any_batch(diffused):
-    denoiser, _ = stage.load_denoiser(diffused)
+    _, _, denoiser = stage.load_denoiser(diffused)
     together = stage.sample(denoiser, range(5, 12), 6)
     alone = stage.sample(denoiser, [9], 6)
     assert (together[4] - alone[0]).abs().max() < 1e-4 * together.abs().max()
     assert (together[4] - together[5]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("options", [["--formulation", "ddpm"], ["--mix", "0", "--shuffle"],
+@pytest.mark.parametrize("options", [["--formulation", "ddpm"], ["--mix", "0"],
                                      ["--layers", "0"]])
 def test_each_variant_runs(trained, tmp_path, options):
     train(trained, tmp_path / "run", *options)
-    denoiser, _ = stage.load_denoiser(tmp_path / "run")
+    _, _, denoiser = stage.load_denoiser(tmp_path / "run")
     for sampler in ("", "heun", "ancestral"):
         assert stage.sample(denoiser, range(2), 4, sampler).isfinite().all()
 
@@ -402,7 +426,10 @@ def test_mistakes_get_one_sentence(trained, diffused, data, tmp_path):
     told(lambda: sample.main(["--sampler", "euler"]), "--sampler euler", "heun or ancestral")
     told(lambda: train(diffused, tmp_path / "x"), "stage 1's model", "something else",
          "python autodecoder.py")
-    told(lambda: train(trained, trained), "another stage's run", "--out")
+    told(lambda: train(trained, trained, "--fresh"), "another stage's run", "--out")
+    shutil.copytree(diffused, tmp_path / "other")
+    told(lambda: train_autodecoder(data, tmp_path / "other", "--fresh"), "another stage's run", "--out")
+    assert (tmp_path / "other/last.pt").exists() and (trained / "last.pt").exists()
     told(lambda: sample.main(["--diffusion", str(trained)]), "stage 2's denoiser", "something else")
     told(lambda: train(trained, diffused, "--width", "64"), "--width", "--fresh")
     told(lambda: sample.main(["--diffusion", str(diffused), "--count", "0"]), "--count 0", "at least 1")
@@ -449,6 +476,8 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
     box.main(["--diffusion", str(diffused), "--out", "box"])
     assert (tmp_path / "box/diffusion/last.pt").stat().st_size < (diffused / "last.pt").stat().st_size / 1.9
     told(lambda: sample.main(["--diffusion", "gone"]), "is --diffusion right", "python autodecoder.py")
+    told(lambda: box.main(["--diffusion", str(diffused), "--out", str(diffused.parent)]), "holds a run",
+         "another --out")                                                # as --out runs would replace them
     sample.main(["--count", "2", "--views", "0"])
     assert "the model in the box" in capsys.readouterr().out and (tmp_path / "samples/sheet.png").exists()
     assert not (tmp_path / "samples/beside.png").exists()
@@ -473,10 +502,13 @@ def test_what_an_earlier_model_left_goes_and_two_do_not_share_a_folder(diffused,
     json.loads(report, parse_constant=lambda name: pytest.fail(name))             # plain JSON: no NaN
 
 
-def test_a_missing_last_checkpoint_is_the_one_before_it(diffused, tmp_path, capsys):
-    (tmp_path / "previous.pt").write_bytes((diffused / "previous.pt").read_bytes())
-    stage.load_denoiser(tmp_path)
-    assert "last.pt is not there: taking" in capsys.readouterr().out
+def test_a_missing_last_checkpoint_is_the_one_before_it(diffused, tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs/diffusion").mkdir(parents=True)
+    (tmp_path / "runs/diffusion/previous.pt").write_bytes((diffused / "previous.pt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    sample.load_models(sample.Config(), "cpu")
+    said = capsys.readouterr().out
+    assert "last.pt is not there: taking" in said and "in the box" not in said
 
 
 def test_a_fingerprint_is_of_every_bit_and_of_no_thread(trained):
@@ -485,7 +517,7 @@ def test_a_fingerprint_is_of_every_bit_and_of_no_thread(trained):
     torch.set_num_threads(1)
     assert stage.fingerprint(model) == before
     torch.set_num_threads(2)
-    model.codes[0, 0] = torch.nextafter(model.codes[0, 0], torch.tensor(9.0))
+    model.shapes[0, 0] = torch.nextafter(model.shapes[0, 0], torch.tensor(9.0))
     assert stage.fingerprint(model) != before
 
 

@@ -1,10 +1,12 @@
 """Each metric by brute force and by its identities; whole runs repeat, and say what is missing."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
+import autodecoder
 import diffusion
 import lab.evaluate as stage
 import render_shapenet
@@ -201,7 +203,7 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
     said = capsys.readouterr().out
     assert said.count("fitting the codes") == 1 and (out / "tables.json").read_text() == first
     rows = json.loads(first)["rows"]
-    assert {"ours", "mixtures of codes", "Gaussian of codes", "Gaussian of latents", "a copier",
+    assert {"ours", "recombined codes", "swapped colours", "Gaussian of codes", "Gaussian of latents", "a copier",
             "training objects", "held-out objects", "fresh objects", "fresh objects, blurred",
             "noise"} == set(rows)
     assert rows["a copier"]["copies"][0] == 1
@@ -211,14 +213,6 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
         assert heading in text
     assert "down the ladder noise, fresh objects, blurred" in text
     assert (out / "figure.png").exists()
-
-
-def test_a_denoiser_of_shuffled_latents_becomes_a_control(arguments, trained, tmp_path):
-    diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--shuffle",
-                    "--device", "cpu", "--out", str(tmp_path / "shuffled")])
-    stage.main([*arguments, "--shuffled", str(tmp_path / "shuffled"), "--out", str(tmp_path / "out")])
-    rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
-    assert "shuffled latents" in rows
 
 
 def test_without_fresh_objects_the_table_says_so(data, tmp_path):
@@ -248,8 +242,10 @@ def test_what_is_missing_or_too_little_is_one_sentence(arguments, tmp_path):
     with pytest.raises(UserError, match="nothing.*/last.pt is not there|last.pt is not there"):
         stage.main([*arguments, "--diffusion", str(tmp_path / "nothing")])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):               # before an hour's work, not after it
-        stage.main([*arguments, "--out", str(tmp_path / "file/out")])
+    for flag in ("--out", "--cache"):                                  # before an hour's work, not after it
+        for place in ("file", "file/out"):
+            with pytest.raises(UserError, match="cannot write to"):
+                stage.main([*arguments, flag, str(tmp_path / place)])
 
 
 def test_a_cache_is_of_what_made_it(tmp_path, capsys):
@@ -268,11 +264,48 @@ def test_a_cache_is_of_what_made_it(tmp_path, capsys):
     assert fresh.kept(file, ["seed", 1], lambda: make(6), lambda content: False)["x"][0] == 6     # too small
 
 
-def test_fits_of_other_steps_are_made_again(arguments, capsys):
-    stage.main([*arguments, "--no-controls"])
-    capsys.readouterr()
-    stage.main([*arguments, "--no-controls", "--fit_steps", "2"])
-    assert "fitting the codes" in capsys.readouterr().out
+def test_fits_of_other_steps_are_made_again_and_tables_come_before_files(arguments, tmp_path, monkeypatch,
+                                                                         capsys):
+    out = tmp_path / "caf\udce9"                                         # a name that is no UTF-8
+    out.mkdir()
+    (out / "config.json").write_text("a run's own")
+    flags = [*arguments, "--no-controls", "--out", str(out)]
+    stage.main(flags)
+    assert "caf\\udce9: tables.md" in capsys.readouterr().out
+    assert (out / "tables.md").exists() and (out / "config.json").read_text() == "a run's own"
+
+    def full(path, text):
+        raise UserError("the disk is full")
+    monkeypatch.setattr(stage, "save_text", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        stage.main([*flags, "--fit_steps", "2"])
+    said = capsys.readouterr().out
+    assert "fitting the codes" in said and "### Factors" in said
+
+
+def test_fits_to_other_photos_are_made_again(trained, data, tmp_path, capsys):
+    model, _ = autodecoder.load_autodecoder(trained)
+    shutil.copytree(data / "earphones_test", tmp_path / "data")
+    config = stage.Config(data=str(tmp_path / "data"), cache=str(tmp_path), fit_steps=1)
+    made = lambda: (fresh.held_out_codes(model, config, None, torch.device("cpu")),
+                    "fitting" in capsys.readouterr().out)[1]
+    assert made() and not made()
+    one = tmp_path / "data/test_00000"
+    for kind in ("rgb/00000{}.png", "mask/00000{}.png", "pose/00000{}.txt"):       # each of them counts
+        shutil.copy(one / kind.format(2), one / kind.format(1))
+        assert made() and not made()
+
+
+def test_a_name_in_a_table_is_text():
+    lines = stage.markdown("t", ["", "a|b"], [["<b>x</b>\n| y", "1"]]).splitlines()
+    assert lines[2:] == ["|  | a\\|b |", "|---|---|", "| &lt;b&gt;x&lt;/b&gt; \\| y | 1 |"]
+
+
+@pytest.mark.parametrize("factors", [b"[]", b"{}", b"\xff", b'{"kind": "x", "palette": "y", "part": "z"}'])
+def test_factors_of_somebody_else_are_none_of_ours(tmp_path, factors):
+    (tmp_path / "train_00000").mkdir()
+    (tmp_path / "train_00000/factors.json").write_bytes(factors)
+    assert fresh.training_cells(["train_00000"], tmp_path) is None
 
 
 def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
@@ -285,9 +318,16 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
              arguments[arguments.index("--cache") + 1]]
     with pytest.raises(UserError, match="--hours 0 are over, 0 runs done"):
         sweep.main([*flags, "--hours", "0"])
+    with pytest.raises(UserError, match="--count 2: at least 4"):
+        sweep.main([*flags, "--count", "2"])
+    (tmp_path / "empty/earphones_train").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no photos"):                 # and the folder is not remembered
+        sweep.main([*flags, "--data", str(tmp_path / "empty")])
     sweep.main(flags)
     assert (tmp_path / "mix/table.md").read_text().count("\n| 0.") == 2
     assert (tmp_path / "mix/figure.png").exists()
+    with open(tmp_path / "stage1/default/log.jsonl", "a") as log:
+        log.write('{"step": 9, "heldo')                                           # cut off by a kill
     capsys.readouterr()
     sweep.main(flags)                                                             # all is there already
     assert "step" not in capsys.readouterr().out

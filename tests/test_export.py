@@ -14,6 +14,7 @@ from PIL import Image
 
 import autodecoder
 import browser
+import common
 import diffusion
 import viewer.export as stage
 from viewer import isosurface
@@ -443,12 +444,12 @@ def test_without_webgl2_it_says_so_and_shows_the_still(chromium, page):
 # ---- samples, and a run of it all ----
 
 def test_walks_and_denoising_end_at_the_samples(diffused):
-    denoiser, _ = diffusion.load_denoiser(diffused)
-    samples = diffusion.sample(denoiser, [3, 8], 5)
-    path = viewer.walk(denoiser, (3, 8), 5, 4)
+    _, _, denoiser = diffusion.load_denoiser(diffused)
+    samples = denoiser.latents(diffusion.sample(denoiser, [3, 8], 5))
+    path = viewer.walk(denoiser, (3, 8), 4, steps=5)
     assert (path[[0, 3]] - samples).abs().max() < 1e-3 * samples.abs().max()
     assert (path[1] - path[0]).abs().max() > 1e-2
-    sigmas, moments = viewer.denoising(denoiser, 3, 5, 4)
+    sigmas, moments = viewer.denoising(denoiser, 3, 4, steps=5)
     assert (moments[-1] - samples[0]).abs().max() < 1e-3 * samples.abs().max()
     assert len(moments) == len(sigmas) == 4
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
@@ -463,12 +464,15 @@ def page_content(path):
     return json.loads(path.read_text().split('type="application/json">')[1].split("</script>")[0])
 
 
-def test_all_of_it(trained, diffused, tmp_path, capsys):  
+def test_all_of_it(trained, diffused, tmp_path, capsys):
+    (tmp_path / "e/seed_000007").mkdir(parents=True)
+    (tmp_path / "e/seed_000007/mesh.glb").write_text("an earlier model's")
     stage.main(["--diffusion", str(diffused), "--count", "2", "--interpolate", "5", "9", "--sheet", "3",
                 "--frames", "4", "--size", "32", "--steps", "4", "--level", "1", "--resolution", "24",
                 "--out", str(tmp_path / "e")])
     for name in ("viewer.html", "sheet.png", "denoise.png", "walk.png"):
         assert (tmp_path / "e" / name).exists(), name
+    assert not (tmp_path / "e/seed_000007/mesh.glb").exists()
     assert Image.open(tmp_path / "e/turntable.webp").n_frames == 4
     assert Image.open(tmp_path / "e/turntable.gif").n_frames == 2
     content = page_content(tmp_path / "e/viewer.html")
@@ -491,3 +495,26 @@ def test_reconstructions(trained, tmp_path):
         with pytest.raises(UserError) as error:
             stage.main([*arguments, *wrong])
         assert all(word in str(error.value) for word in words), error.value
+
+
+def test_any_name_is_a_folder_of_its_own(trained, tmp_path, monkeypatch, capsys):
+    """Written into a folder whose name is no UTF-8, from the checkpoint before a last.pt that is missing"""
+    state, names = common.load_checkpoint(trained / "last.pt"), ["a b", "a_b", "<b>|&\u00e9"]
+    common.save_checkpoint(tmp_path / "run/previous.pt", state | {"names": names})
+    out = tmp_path / "caf\udce9"
+    write = lambda path, *_: common.save_text(path, path.parent.name) or True
+    monkeypatch.setattr(stage, "write_mesh", write)
+    flags = ["--autodecoder", str(tmp_path / "run"), "--reconstruct", "all", "--frames", "0",
+             "--out", str(out)]
+    stage.main(flags)
+    said = capsys.readouterr().out
+    assert "previous.pt" in said and "caf\\udce9/a b/mesh.glb" in said
+    assert {path.parent.name: path.read_text() for path in out.glob("*/mesh.glb")} == dict(zip(names, names))
+    assert [one["label"] for one in page_content(out / "viewer.html")["objects"][:3]] == names
+    held = common.Run(out, "export", stage.Config(), (), "export.json", stale=())
+    with pytest.raises(UserError, match="another run is writing"):
+        stage.main(flags)
+    held.lock.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        stage.main([*flags, "--out", str(tmp_path / "file")])

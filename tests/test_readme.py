@@ -16,8 +16,8 @@ ROOMS = ("", "shapes", "lab", "viewer", "chapters")
 STAGE = "--preset smoke --steps 4 --device cpu "
 SMALL = {                                      # what makes each small; of a flag given twice the last counts
     "render_shapenet": "--views 8 --holdout_views 4 --size 32 --workers 1 --device cpu ",
-    "autodecoder": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --fit_steps 2 "
-                           "--holdout_views 4 --objects 4 ",
+    "autodecoder": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --holdout_views 4 "
+                           "--objects 4 ",
     "diffusion": STAGE + "--preview_every 4 --save_every 4 ",
     "sample": "--count 2 --steps 2 --views 2 --size 32 --device cpu ",
     "volume_render": "--resolution 16 --size 16 --samples 8 --device cpu ",
@@ -28,6 +28,7 @@ SMALL = {                                      # what makes each small; of a fla
     "viewer.box": "",
     "chapters.hybrid": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --holdout_views 4 "
                                "--objects 4 --channels 8 ",
+    "chapters.few_views": "--objects 2 --steps 2 --device cpu ",
     "chapters.unet": STAGE + "--preview_every 4 --save_every 4 --levels 8 8 --count 2 "}
 OWN = "--objects 4 --test_objects 3 "          # of the procedural set, not of ShapeNet's
 

@@ -21,6 +21,7 @@ from shapes import rasterizer
 import render_shapenet as stage
 from common import UserError, camera_to_world_at, intrinsics_at
 from shapes.meshes import Mesh, load_obj
+from shapes.photos import kinds_of
 
 HERE = Path(__file__).parent
 GOLDEN = ("golden_boxes", "golden_headphone", "golden_uv_sphere")
@@ -319,6 +320,10 @@ def test_the_recipe_is_kept(photos, tmp_path):
     with pytest.raises(UserError, match="is there, but no earphones.json"):
         stage.main(["--out", str(tmp_path), *TINY])
     assert (tmp_path / "earphones_train/mine").is_dir()
+    (tmp_path / "strange/procedural").mkdir(parents=True)
+    with pytest.raises(UserError, match="procedural is there, but no earphones.json"):
+        stage.main(["--out", str(tmp_path / "strange"), *TINY, "--fresh"])
+    assert (tmp_path / "strange/procedural").is_dir()
 
 
 def test_two_runs_do_not_share_a_folder(photos):
@@ -375,8 +380,13 @@ def test_flags_are_checked_by_name(arguments, message, tmp_path):
 def test_pytorch3d_is_optional(tmp_path):
     if "pytorch3d" in sys.modules:
         pytest.skip("PyTorch3D is here")
-    with pytest.raises(UserError, match="cannot be imported.*the default renderer needs nothing"):
-        stage.main(["--out", str(tmp_path), *TINY, "--renderer", "pytorch3d"])
+    one = ["--out", str(tmp_path), *TINY, "--objects", "1", "--test_objects", "0"]
+    stage.main(one)
+    for more in ([], ["--fresh"]):                       # nothing is deleted, and the flag is not remembered
+        with pytest.raises(UserError, match="cannot be imported.*the default renderer needs nothing"):
+            stage.main([*one, *more, "--renderer", "pytorch3d"])
+    assert (tmp_path / "earphones_train/train_00000").is_dir()
+    stage.main(one)
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path):
@@ -447,6 +457,17 @@ def test_names_that_are_not_utf_8(shapenet):
     assert len(list((shapenet / "out/earphones_train").iterdir())) == 4
 
 
+def test_names_that_cannot_be_printed_are_left_out(one, capsys):
+    """A checkpoint would keep them for hours, and then no stage could show them."""
+    os.rename(one / "train_00000", os.fsencode(one) + b"/caf\xe9")
+    shutil.copytree(one / "train_00001", one / "x\x1b[31m\ny")
+    assert stage.load_photos(one, 32)[-1] == ["train_00001"]
+    said = capsys.readouterr().out
+    assert "caf\\udce9 has a name that cannot be printed" in said and "x\\x1b[31m\\ny has a name" in said
+    (one / "train_00001/factors.json").write_text('{"kind": "\\ud800\\u001b[31m"}')
+    assert kinds_of(one, ["train_00001"]) == ["objects"]
+
+
 def test_a_name_too_long_is_skipped(shapenet, capsys):
     os.rename(shapenet / "v1/03261776/m0", shapenet / "v1/03261776" / ("n" * 250))
     stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
@@ -465,12 +486,20 @@ def test_a_folder_that_may_not_be_read_is_left_out(shapenet, photos, tmp_path, c
     assert len(list((shapenet / "out/earphones_train").iterdir())) == 3
     shutil.copytree(photos / "earphones_train", tmp_path / "copy")
     first = sorted((tmp_path / "copy").iterdir())[0]
-    first.chmod(0)
+    for closed in (first, first / "rgb", first / "mask", first / "pose"):
+        for mode in (0, 0o400):                                # not to be entered; or to be listed, no more
+            closed.chmod(mode)
+            try:
+                names = stage.load_photos(tmp_path / "copy", 32)[-1]
+            finally:
+                closed.chmod(0o755)
+            assert first.name not in names and f"{closed} cannot be read" in capsys.readouterr().out
+    (tmp_path / "copy").chmod(0)
     try:
-        names = stage.load_photos(tmp_path / "copy", 32)[-1]
+        with pytest.raises(UserError, match="cannot read .*copy"):
+            stage.load_photos(tmp_path / "copy", 32)
     finally:
-        first.chmod(0o755)
-    assert first.name not in names and f"{first} cannot be read" in capsys.readouterr().out
+        (tmp_path / "copy").chmod(0o755)
 
 
 def test_shapenet_errors(shapenet):

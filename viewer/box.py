@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autodecoder import load_autodecoder
-from common import command, load_stage, parse_config, save_checkpoint
+from common import UserError, command, load_stage, parse_config, save_checkpoint
 from diffusion import fingerprint
 
 
@@ -28,13 +28,16 @@ def small(tensors):
 
 def main(argv=None):
     config = parse_config(Config, argv=argv)
+    for name in ("autodecoder", "diffusion"):            # --out runs would replace the runs by their boxes
+        if Path(config.out, name, "config.json").exists():
+            raise UserError(f"{Path(config.out, name)} holds a run of its own: use another --out")
     second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py", "denoiser")
     first = load_stage(second["config"]["autodecoder"], "stage 1's model", "autodecoder.py", "model")
     kept = {key: first[key] for key in ("config", "names", "step")}
     save_checkpoint(Path(config.out, "autodecoder/last.pt"), kept | {"model": small(first["model"])})
     # Rounding changed the weights a little: the denoiser is now that of the rounded autodecoder
     model, _ = load_autodecoder(Path(config.out, "autodecoder"))
-    kept = {key: second[key] for key in ("config", "shape", "step")}
+    kept = {key: second[key] for key in ("config", "step")}
     save_checkpoint(Path(config.out, "diffusion/last.pt"),
                     kept | {"denoiser": small(second["denoiser"]), "autodecoder": fingerprint(model)})
     for name in ("autodecoder", "diffusion"):

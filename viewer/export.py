@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from autodecoder import load_autodecoder
-from common import UserError, atomic_file, command, grid, parse_config, pick_device, save_picture, to_bytes
+from common import (Run, UserError, atomic_file, command, grid, parse_config, pick_device, save_picture,
+                    to_bytes)
 from diffusion import latents_of, sample
 from viewer.isosurface import LEVEL, write_mesh
 from viewer.page import denoising, walk, write_gallery
-from sample import load_models
+from sample import is_run, load_models
 from volume_render import ANGLES, cameras, render_views
 
 
@@ -34,7 +35,7 @@ class Config:
     reconstruct: str = ""                # a training object's name, or all: these in place of samples
     count: int = 8                       # how many samples, on the page and as meshes (at least 1)
     seed: int = 0                        # sample k comes from seed + k alone
-    steps: int = 0                       # of the sampler; 0: 18 for heun, 1000 for ancestral
+    steps: int = 0                       # of the sampler; 0: its usual number
     interpolate: tuple = ()              # two seeds to walk between; by default the first two samples'
     sheet: int = 60                      # samples on the contact sheet; 0: none
     resolution: int = 64                 # grid points along a side that the mesh is made from (at least 8)
@@ -81,7 +82,7 @@ def load(config, device):
     """-> autodecoder, its objects' names, denoiser (none for reconstructions of a stage 1 by itself)"""
     folder = config.autodecoder or "runs/autodecoder"
     alone = config.autodecoder or config.diffusion == Config.diffusion
-    if config.reconstruct and alone and Path(folder, "last.pt").exists():
+    if config.reconstruct and alone and is_run(Path(folder)):
         return *load_autodecoder(folder, device), None
     return load_models(config, device)
 
@@ -100,16 +101,22 @@ def main(argv=None):
         latents = latents_of(model, model.codes[[names.index(name) for name in labels]])
     else:
         seeds = range(config.seed, config.seed + config.count)
-        latents, labels = sample(denoiser, seeds, config.steps), [f"seed {seed}" for seed in seeds]
-    # A training object's folder has its own name, a sample's that of its seed
+        latents = denoiser.latents(sample(denoiser, seeds, config.steps))
+        labels = [f"seed {seed}" for seed in seeds]
+    run = Run(config.out, "export", config, (), "export.json", stale=())    # holds the folder: one at a time
+    # A training object's folder has its own name, a sample's that of its seed.  An earlier model's samples
+    # must not stay beside the new
     folders = labels if config.reconstruct else [f"seed_{seed:06d}" for seed in seeds]
+    for old in out.glob("seed_*/mesh.glb") if not config.reconstruct else ():
+        old.unlink()
     pair = config.interpolate or (config.seed, config.seed + 1)
 
     def wrote(name):
         size = (out / name).stat().st_size / 1e6
         print(f"{time.perf_counter() - began:5.1f} s  {out / name}  {size:.2f} MB", flush=True)
 
-    write_gallery(out / "viewer.html", model, names, latents, labels, denoiser, pair, config.steps)
+    write_gallery(out / "viewer.html", model, names, latents, labels, denoiser, pair,
+                  steps=config.steps)
     wrote("viewer.html")
     for folder, latent in zip(folders, latents):
         name = f"{folder}/mesh.glb"
@@ -117,10 +124,11 @@ def main(argv=None):
             wrote(name)
     pictures = {}
     if denoiser:
-        pictures["denoise.png"] = sheet(model, denoising(denoiser, pair[0], config.steps)[1], 12)
-        pictures["walk.png"] = sheet(model, walk(denoiser, pair, config.steps), 8)
+        pictures["denoise.png"] = sheet(model, denoising(denoiser, pair[0], steps=config.steps)[1], 12)
+        pictures["walk.png"] = sheet(model, walk(denoiser, pair, steps=config.steps), 8)
     if denoiser and config.sheet:
-        many = sample(denoiser, range(config.seed, config.seed + config.sheet), config.steps)
+        seeds = range(config.seed, config.seed + config.sheet)
+        many = denoiser.latents(sample(denoiser, seeds, config.steps))
         pictures["sheet.png"] = sheet(model, many, 10)
     for name, picture in pictures.items():
         save_picture(out / name, picture)
@@ -131,6 +139,7 @@ def main(argv=None):
         wrote("turntable.webp")
         save_motion(out / "turntable.gif", small(motion), optimize=True)
         wrote("turntable.gif")
+    run.lock.close()
 
 
 if __name__ == "__main__":

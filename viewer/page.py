@@ -99,17 +99,18 @@ def write_page(path, title, about, sets, objects, samples):
 
 # ---------------------------------------------------------------------------------------------- what is shown
 
-def denoising(denoiser, seed, steps=0, count=12):
+def denoising(denoiser, seed, count=12, **how):
     """-> `count` noise levels, and the latents (count,...) that the denoiser expects; last, the sample"""
     trace = []
-    trace.append((0.0, sample(denoiser, [seed], steps, trace=trace)))
+    trace.append((0.0, sample(denoiser, [seed], trace=trace, **how)))
     chosen = torch.linspace(0, len(trace) - 1, min(count, len(trace))).round().long().tolist()
-    return [trace[k][0] for k in chosen], torch.cat([trace[k][1] for k in chosen])
+    return [trace[k][0] for k in chosen], denoiser.latents(torch.cat([trace[k][1] for k in chosen]))
 
 
-def walk(denoiser, pair, steps=0, count=8):
+def walk(denoiser, pair, count=8, **how):
     """Samples of noise between two seeds' -> latents (count,...)"""
-    return sample(denoiser, [between(*pair, share) for share in torch.linspace(0, 1, count).tolist()], steps)
+    shares = torch.linspace(0, 1, count).tolist()
+    return denoiser.latents(sample(denoiser, [between(*pair, share) for share in shares], **how))
 
 
 def between(a, b, share):
@@ -119,15 +120,15 @@ def between(a, b, share):
     return lambda shape: math.cos(angle) * one(shape) + math.sin(angle) * other(shape)
 
 
-def gallery(model, names, latents, labels, denoiser=None, pair=None, steps=0):
+def gallery(model, names, latents, labels, denoiser=None, pair=None, **how):
     """-> the page's sets and objects: these latents, and with a denoiser how the first of the seeds `pair`
     came out of noise, and a walk between the two; last, whichever training object is the nearest of each"""
     training = latents_of(model, model.codes)
     apart = nearest(training, training, itself=True)[0][:, 0]
     shown = [("Samples" if denoiser else "Reconstructions", "", latents, labels, 64)]
     if denoiser:
-        sigmas, moments = denoising(denoiser, pair[0], steps)
-        path, (a, b) = walk(denoiser, pair, steps), pair
+        sigmas, moments = denoising(denoiser, pair[0], **how)
+        path, (a, b) = walk(denoiser, pair, **how), pair
         levels = [f"\u03c3 = {sigma:.3g}" for sigma in sigmas[:-1]]
         between = [f"{k} of {len(path) - 1}" for k in range(1, len(path) - 1)]
         shown += [("Denoising", f"Where the denoiser expects to end, as seed {a}'s noise (\u03c3) falls.",
@@ -151,8 +152,8 @@ def gallery(model, names, latents, labels, denoiser=None, pair=None, steps=0):
     return sets, objects
 
 
-def write_gallery(path, model, names, latents, labels, denoiser=None, pair=None, steps=0):
-    sets, objects = gallery(model, names, latents, labels, denoiser, pair, steps)
+def write_gallery(path, model, names, latents, labels, denoiser=None, pair=None, **how):
+    sets, objects = gallery(model, names, latents, labels, denoiser, pair, **how)
     what = Path(model.config.data).name.removesuffix("_train")
     said = "samples, none picked" if denoiser else "training objects, reconstructed"
     size = " \u00d7 ".join([str(objects[0]["n"])] * 3)
