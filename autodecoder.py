@@ -9,14 +9,14 @@ diffuses what lies between them:
 
     code e (259) --G1--> latent volume (16 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
 
-A code has three parts: 128 numbers for the shape, 128 for the colours, 3 for stretches along x, y and z.  They
-come apart because stage 1 makes photos that nobody took.  Object i in the colours of object k: in ambient
-light a photo shows the materials' colours alone, so its colours can be exchanged.  And object i wider or
-taller: the same photos, along stretched rays.
+A code has three parts: 128 numbers for the shape, 128 for the colours, 3 for stretches along x, y and z.
+They come apart because stage 1 makes photos that nobody took.  Object i in the colours of object k: in
+ambient light a photo shows the materials' colours alone, so its colours can be exchanged.  And object i wider
+or taller: the same photos, along stretched rays.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
-run  python autodecoder.py                                       72 objects: 31.34 dB, 6 to 11 min (row A1)
+run  python autodecoder.py                                       72 objects: 30.46 dB (row A4)
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB (row A3)
      python -m chapters.few_views --views 2                          new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import render_shapenet
-from common import (BETAS, CLIP, Run, UserError, command, learning_rate_share, load_stage, parse_config,
-                    pick_device, save_figure, save_preview, save_text, saved_config)
+from common import (BETAS, CLIP, Run, UserError, command, digest, learning_rate_share, load_stage,
+                    parse_config, pick_device, save_figure, save_preview, save_text, saved_config)
 from shapes.photos import kinds_of, read_photos
 from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
                            truth_and_ours)
@@ -215,6 +215,10 @@ def load_autodecoder(folder, device="cpu"):
     return model.to(device).eval().requires_grad_(False), state["names"]
 
 
+def fingerprint(model):
+    return digest(model.state_dict())          # tells one trained autodecoder from any other, to the last bit
+
+
 # -------------------------------------------------------------------------------------- a batch, and its loss
 
 def draw_batch(photos, config, views, generator, objects=None):
@@ -302,7 +306,8 @@ def on_device(generator, device):
 
 def table(rows, kinds):
     """The closing table: means by kind of object, ours beside a white picture."""
-    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   {'opacity beyond 2 px':>19}"]
+    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   "
+             f"{'opacity beyond 2 px':>19}"]
     for kind in [*sorted(set(kinds)), "all"]:
         chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
         m = {key: mean_of(chosen, key) for key in chosen[0]}

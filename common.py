@@ -42,8 +42,12 @@ from PIL import Image
 class UserError(SystemExit):
     """A mistake that the user can mend.  Python prints its one sentence, without a traceback."""
     def __init__(self, message):
-        plain = lambda c: c if c.isprintable() else repr(c)[1:-1]         # file names in it may hold anything
-        super().__init__("".join(map(plain, str(message))))
+        super().__init__(plain(message))
+
+
+def plain(text):
+    """What cannot be printed is written out, because the names of files may hold anything"""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -52,6 +56,8 @@ def parse_config(Config, presets=None, argv=None):
     flag.  Its trailing comment is the help text; `a | b | c:` at its start lists the values allowed."""
     # Comments are read from the source.  A chapter's Config inherits fields, so its parents are read too
     presets = presets or {}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
     sources = [inspect.getsource(parent) for parent in reversed(Config.__mro__[:-1])]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.M))
     # argparse itself would guess what a shortened flag means, and print the usage of all flags at each error
@@ -121,6 +127,7 @@ def pick_device(name="auto"):
 
 def command(main):
     """What `python stage.py` runs.  Ctrl-C ends it with one line, a closed pipe (| head) ends it silently."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")         # None if the shell closed it (>&-)
     try:
         main()
         sys.stdout.flush()                    # here, because a closed pipe must be noticed inside the try
@@ -157,7 +164,7 @@ BETAS, CLIP = (0.9, 0.99), 1.0                # gradients longer than CLIP are s
 
 def learning_rate_share(step, steps, floor):
     """The share of the highest learning rate at this step: a linear warm-up times a falling half cosine"""
-    # In the first 5 % Adam knows little of the gradients yet.  At the end small steps average out their noise
+    # In the first 5 % Adam knows little of the gradients.  At the end small steps average out their noise
     cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
     return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
@@ -194,7 +201,6 @@ DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedE
 
 def digest(thing):
     """A hash of tensors, numbers, strings, lists and dicts of them: every bit of every tensor counts."""
-    # dtype and shape belong to it, because the same bytes of another dtype are other numbers
     if isinstance(thing, torch.Tensor):
         flat = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         content = f"{thing.dtype} {list(thing.shape)}".encode() + flat.numpy().tobytes()
@@ -208,8 +214,7 @@ def digest(thing):
 
 def save_checkpoint(file, state):
     """`state` holds only tensors, numbers, strings, lists and dicts: torch.load's safe default reads them."""
-    # Into memory first, because torch.save itself answers a full disk with a C++ assertion
-    content = io.BytesIO()
+    content = io.BytesIO()             # because torch.save itself answers a full disk with a C++ assertion
     torch.save(state | {"digest": digest(state)}, content)
     with atomic_file(file) as temporary:
         temporary.write_bytes(content.getbuffer())
@@ -242,7 +247,6 @@ def load_checkpoint(file):
 
 def load_newest(folder, say=print):
     """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither."""
-    # It is better to repeat some steps than to lose the run
     last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
     try:
         if last.exists() or not previous.exists():
@@ -290,9 +294,7 @@ class Run:
         wanted = {"stage": stage} | {key: self.config[key] for key in recipe}
         self.recipe = json.loads(json.dumps(wanted))            # as the file gives it back: a tuple is a list
         self.began, self.first, self.printed, self.width = time.time(), {}, 0.0, 0     # for the progress line
-        self.bad, self.skipped = 0, 0                                                  # for the guard
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
+        self.bad, self.skipped, self.doubtful = 0, 0, False                            # for the guards
         self._lock(f".{name}.lock")
         self._check_recipe()
 
@@ -323,15 +325,12 @@ class Run:
                 raise UserError(f"{path} is there, but no {self.file.name} of this program beside it: "
                                 "use another --out")
             return
-        # A user may have edited the file, so it may hold anything
         try:
             found = dict(json.loads(self.file.read_text()))
         except (OSError, ValueError, TypeError, RecursionError):
-            raise UserError(f"{self.file} cannot be read: delete it and what it describes, "
-                            "and run again") from None
+            raise UserError(f"{self.file} cannot be read: delete it and what it describes") from None
         if found.get("stage") != self.recipe["stage"]:
-            raise UserError(f"{self.folder} holds another stage's run, or one of an older version: "
-                            "use another --out")
+            raise UserError(f"{self.folder} holds another stage's run, or an older one: use another --out")
         # A run continued with another learning rate, for example, would be neither of the two experiments
         for field, value in ({} if self.fresh else self.recipe).items():
             if found.get(field, value) != value:
@@ -351,8 +350,7 @@ class Run:
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
         if threading.current_thread() is threading.main_thread():     # no other can set handlers
-            self.before = {number: signal.signal(number, self._stop)
-                           for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
@@ -369,14 +367,19 @@ class Run:
         """Write last.pt; the one before stays as previous.pt."""
         # A copy, and not a rename: at any moment there is a last.pt, and it is whole
         last = self.folder / "last.pt"
-        if last.exists():
+        if last.exists() and not self.doubtful:                 # else a damaged one would replace a good one
             with atomic_file(self.folder / "previous.pt") as temporary:
                 shutil.copyfile(last, temporary)
         save_checkpoint(last, state)
+        self.doubtful = False
 
     def load(self):
         """The state to go on from, or None."""
-        return None if self.fresh else load_newest(self.folder, self.say)
+        return None if self.fresh else load_newest(self.folder, self._doubt)
+
+    def _doubt(self, trouble):
+        self.doubtful = True
+        self.say(trouble)
 
     def finite(self, step, value):
         """False for a step to leave out, because its loss or gradient is not finite (NaN or infinity)"""
@@ -411,8 +414,7 @@ class Run:
             return
         # On a terminal \r goes back to the start of the line, and spaces cover a longer line before it
         self.printed = now
-        left = clock(rate * (total - done))
-        percent = 100 * done // max(total, 1)
+        percent, left = 100 * done // max(total, 1), clock(rate * (total - done))
         line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {left}"
         if sys.stdout.isatty():
             print("\r" + line.ljust(self.width), end="\n" if last else "", flush=True)
@@ -422,21 +424,19 @@ class Run:
 
     def say(self, text):
         """A line that does not run into the progress line."""
-        print(("\r" + " " * self.width + "\r" if self.width else "") + text, flush=True)
+        print(("\r" + " " * self.width + "\r" if self.width else "") + plain(text), flush=True)
         self.width = 0
 
     def stop_if_asked(self, step):
         """Called after a save: if Ctrl-C or SIGTERM came, the run ends here, and nothing is lost."""
         if self.stopping:
-            raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on "
-                            "from there")
+            raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
 
 
 def clock(seconds):
     """3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s"""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    short = f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else short
+    m, s = divmod(int(seconds + 0.5), 60)
+    return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 # --------------------------------------------------------------------------------------------------- pictures

@@ -11,15 +11,14 @@ and G2 makes an object of it.  Four choices are made on this page:
                   makes the latent.  So whatever is guessed is something that the decoder knows: no specks
     recombine     A perfect denoiser of 72 latents returns those 72.  So ours learns from recombined codes:
                   the shape of neighbours, the colours of another object, a little wider or taller
-    levels        Up to sigma = 15 a perfect denoiser still recognises the object.  The choice between objects
+    levels        Up to sigma = 12 a perfect denoiser still recognises the object.  The choice between objects
                   happens at larger sigma, so we place many training levels there.  See levels.png
     components    A latent has 8,192 numbers, but latents vary in some 300 directions: it sees those alone
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py
+run  python diffusion.py                        no copies, none of the samples in pieces (rows D15, V4)
      python diffusion.py --mix 0 --out runs/copies               a lesson: the samples are copies
-     python diffusion.py --formulation ddpm --out runs/ddpm      the paper's formulation
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
 import copy
@@ -34,9 +33,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from autodecoder import load_autodecoder, plot_log
-from common import (BETAS, CLIP, Run, UserError, command, digest, learning_rate_share, load_stage,
-                    parse_config, pick_device, save_figure, save_preview, saved_config, to_bytes)
+from autodecoder import fingerprint, load_autodecoder, plot_log
+from common import (BETAS, CLIP, Run, UserError, command, learning_rate_share, load_stage, parse_config,
+                    pick_device, save_figure, save_preview, saved_config, to_bytes)
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 
@@ -49,6 +48,7 @@ class Config:
     recombinations: int = 4096           # how many there are to learn from (at least 1)
     among: int = 8                       # shapes are mixed with this many nearest ones; 0: any with any
     spread: float = 1.6                  # 1: between the mixed shapes; above: also beyond them (from 0 to 4)
+    stretch: float = 0.75                # their largest stretch, as a share of stage 1's (from 0 to 1)
     components: int = 320                # principal components that the network sees (at least 1)
     # the noise, and the network that removes it
     formulation: str = "edm"             # edm | ddpm: ddpm needs 1.6 times the steps (D12 to D14)
@@ -75,13 +75,10 @@ PRESETS = {
     "cpu": {},
     "gpu": dict(steps=20000, batch=1024, preview_every=5000, save_every=2000),
     "smoke": dict(steps=20, batch=16, recombinations=32, components=8, width=32, layers=1, preview_every=10,
-                  save_every=10, log_every=5),
-}
+                  save_every=10, log_every=5)}
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")    # may change on resume
 
-
 # -------------------------------------------------------------------------- what the network sees of a latent
-
 class RobustNorm(nn.Module):
     """(latent - centre - median) / (0.7413 x inter-quartile range), per channel        (3DADM, section 3.4)
 
@@ -104,12 +101,6 @@ class RobustNorm(nn.Module):
 
     def normalize(self, latents):
         return (latents - self.centre - self.shift) / self.scale
-
-
-def least_squares(a, b):
-    """(P,K), (P,W) -> (K,W): the matrix X that makes a X most like b"""
-    ridge = 1e-3 * a.square().mean() * len(a) * torch.eye(a.shape[1], device=a.device)
-    return torch.linalg.solve(a.T @ a + ridge, a.T @ b)
 
 
 def principal(rows, count):
@@ -178,8 +169,9 @@ class Denoiser(nn.Module):
         self.mean.copy_(codes.mean(0))
         self.spread.copy_(codes.std(0, correction=0) + 1e-6)
         plain = (codes - self.mean) / self.spread
-        self.to_code.copy_(least_squares(z, plain))
-        self.from_code.copy_(least_squares(plain, z))
+        fit = lambda a, b: torch.linalg.lstsq(a.cpu(), b.cpu(), rcond=1e-4, driver="gelsd").solution
+        self.to_code.copy_(fit(z, plain))
+        self.from_code.copy_(fit(plain, z))
 
         # The levels depend on how far apart the objects are
         least = self.config.low * self.norm.normalize(latents).square().mean().sqrt().item()
@@ -230,7 +222,6 @@ def load_denoiser(folder, device="cpu", autodecoder=""):
 
 
 # ------------------------------------------------------------------------------------------- the noise levels
-
 LEVELS = 1000                      # DDPM's number of time steps: here the length of the table of levels
 
 
@@ -238,8 +229,6 @@ def posterior_entropy(points, sigmas, generator, draws=2048):
     """points (N,K) -> for each sigma, a perfect denoiser's doubt which point it sees: the entropy of
     p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2), from 0 to 1 (all N are alike), the mean over `draws` noised x"""
     points = points.double().cpu()
-    values, vectors = torch.linalg.eigh(points @ points.T)         # only the span of the points matters
-    points = vectors * values.clamp(min=0).sqrt()                                          # (N,N)
     truth = points[torch.arange(draws) % len(points)]
     noise, result = torch.randn(truth.shape, generator=generator, dtype=torch.float64), []
     for sigma in sigmas:
@@ -268,7 +257,6 @@ def choose_levels(points, least, generator):
 
 
 # ---------------------------------------------------------------------------- one noise, and two formulations
-
 def denoising_loss(denoiser, z, codes, noise, u):
     """Components z and noise (B,K), the codes they come from (B,W), places u (B,) in [0, 1] of levels -> (B,)
 
@@ -331,20 +319,17 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     for sigma, x in zip(sigmas, itertools.chain([x], walk(denoiser, x, sigmas, draw))):
         if trace is not None:
             trace.append((sigma.item(), guess(sigma)))
-
-    # At the lowest level the guess is the sample
-    return guess(sigmas[-1])
+    return guess(sigmas[-1])                                   # at the lowest level the guess is the sample
 
 
 # ----------------------------------------------------------------------------------------------- the latents
-
 @torch.no_grad()
 def latents_of(model, codes):
     return torch.cat([model.to_latent(part).float() for part in codes.split(64)])
 
 
 @torch.no_grad()
-def recombined(model, count, generator, among=8, spread=1.6):
+def recombined(model, count, generator, among=8, spread=1.6, largest=0.75):
     """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
     object, and a stretch"""
     shapes, N = model.shapes, len(model.shapes)
@@ -364,7 +349,7 @@ def recombined(model, count, generator, among=8, spread=1.6):
 
     # Anybody's colours; and wider or taller, but the bounding box's diagonal is 1, as that of all objects
     colours = model.colours[torch.randint(N, (count,), generator=generator).to(shapes.device)]
-    stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
+    stretch = largest * (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
     codes = torch.cat([shape, colours, stretch], 1)
     usual = diagonals(model, model.codes).mean()
     codes[:, -3:] -= (diagonals(model, codes) / usual).log()[:, None] / model.config.stretch
@@ -373,8 +358,8 @@ def recombined(model, count, generator, among=8, spread=1.6):
 
 def diagonals(model, codes):
     """(B,W) -> (B,): the length of each object's bounding box, corner to corner"""
-    sides = [bounding_box(voxel_opacity(model.volumes_of(part), model.field) > 0.5) for part in codes.split(8)]
-    return torch.cat(sides).norm(dim=1)
+    solid = lambda some: voxel_opacity(model.volumes_of(some), model.field) > 0.5
+    return torch.cat([bounding_box(solid(some)) for some in codes.split(8)]).norm(dim=1)
 
 
 def nearest(latents, training, itself=False):
@@ -384,16 +369,10 @@ def nearest(latents, training, itself=False):
     return (distance.fill_diagonal_(math.inf) if itself else distance).sort(1)   # itself: each to the others
 
 
-def fingerprint(model):
-    return digest(model.state_dict())          # tells one trained autodecoder from any other, to the last bit
-
-
 # -------------------------------------------------------------------------------------------------- pictures
-
 def plot_levels(denoiser, sigma, entropy, path):
     """How unsure a perfect denoiser is at each level, and where we therefore train and sample"""
-    levels = denoiser.levels.cpu()
-    count, edges = torch.histogram(levels.log(), 40)
+    count, edges = torch.histogram(denoiser.levels.cpu().log(), 40)
     axis = Figure(figsize=(7, 3.6), layout="constrained").subplots()
     axis.plot(sigma, entropy, label="a perfect denoiser's doubt which object it sees")
     axis.fill_between(edges.exp()[:-1], count / count.max(), step="post", alpha=0.2, label="training levels")
@@ -403,7 +382,6 @@ def plot_levels(denoiser, sigma, entropy, path):
 
 
 # ------------------------------------------------------------------------------------------------------ main
-
 def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
     """A chapter may train a denoiser of its own by this loop, with a Config that adds knobs to this one."""
     config = parse_config(Config, presets, argv)
@@ -416,7 +394,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
     # What to learn from: the objects' codes, then recombined ones
     generator = torch.Generator().manual_seed(config.seed)
     own, count = model.codes, config.recombinations
-    codes = torch.cat([own, recombined(model, count, generator, config.among, config.spread)])
+    new = recombined(model, count, generator, config.among, config.spread, config.stretch)
+    codes = torch.cat([own, new])
     config.components = min(config.components, len(codes))
 
     # The denoiser, and a second network whose weights are the running mean of the first's: it will sample
@@ -435,9 +414,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         print(f"going on from step {step} of {config.out}/last.pt")
-    size = sum(p.numel() for p in denoiser.network.parameters()) / 1e6
-    print(f"{len(own)} objects and {count} recombinations; network of {size:.2f} M parameters; noise from "
-          f"{denoiser.levels[0]:.2g} to {denoiser.levels[-1]:.3g}")
+    print(f"{len(own)} objects and {count} recombinations; noise from {denoiser.levels[0]:.2g} to "
+          f"{denoiser.levels[-1]:.3g}; {sum(p.numel() for p in denoiser.network.parameters())} parameters")
 
     with run:
         plot_levels(denoiser, sigma, entropy, run.folder / "levels.png")
@@ -449,15 +427,14 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
             # Batch: objects or recombinations, each with a level of its own, spread evenly over low and high
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             is_new = torch.rand(config.batch, generator=generator) < config.mix
-            new = len(own) + torch.randint(count, (config.batch,), generator=generator)
+            other = len(own) + torch.randint(count, (config.batch,), generator=generator)
             old = torch.randint(len(own), (config.batch,), generator=generator)
-            item = torch.where(is_new, new, old).to(device)
-            z = data[item]
-            u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)
-            noise = torch.randn(z.shape, generator=generator).to(device)
+            item = torch.where(is_new, other, old).to(device)
+            u = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
+            noise = torch.randn(config.batch, data.shape[1], generator=generator).to(device)
 
             # Loss
-            losses = denoising_loss(denoiser, z, codes[item], noise, u.to(device))
+            losses = denoising_loss(denoiser, data[item], codes[item], noise, u.to(device))
             loss = losses.mean()
 
             # Step, and the running mean: short at first, because the first weights are worth little
@@ -474,17 +451,15 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
                 low, middle, high = (part.mean().item() for part in losses.detach().tensor_split(3))
-                run.log(step, config.steps, loss=loss.item(), low=low, middle=middle, high=high,
-                        lr=share * config.lr)
+                run.log(step, config.steps, loss=loss.item(), low=low, middle=middle, high=high)
             if step % config.preview_every == 0 or step == config.steps:
                 latents = average.latents(sample(average, range(8), 18))
                 rgb = render_views(model, latents, cameras(ANGLES[:2]), SIZE)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(rgb.transpose(0, 1)))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
                 raw = {f"network.{name}": weights for name, weights in denoiser.network.state_dict().items()}
-                run.save({"config": asdict(config), "step": step,
-                          "autodecoder": fingerprint(model), "denoiser": average.state_dict(), "raw": raw,
-                          "optimizer": optimizer.state_dict()})
+                run.save({"config": asdict(config), "step": step, "autodecoder": fingerprint(model),
+                          "denoiser": average.state_dict(), "raw": raw, "optimizer": optimizer.state_dict()})
             run.stop_if_asked(step)
 
     plot_log(run.folder, "loss", low="low noise", middle="middle noise", high="high noise")

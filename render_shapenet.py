@@ -33,12 +33,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Run, UserError, command, grid, intrinsics_at, parse_config, pick_device, save_picture
+from common import (Run, UserError, command, grid, intrinsics_at, parse_config, pick_device, plain,
+                    save_picture)
 from shapes import earphones
 from shapes.meshes import load_obj
 from shapes.photos import (atomic_folder, load_photos, numbers, visible, write_intrinsics, write_transforms,
                            write_view)
-from shapes.rasterizer import rasterize, to_world
+from shapes.rasterizer import pytorch3d, rasterize, to_world
 
 
 @dataclass
@@ -206,7 +207,7 @@ def obj_of(model, names):
     try:
         return next((model / name for name in names if (model / name).is_file()), None)
     except OSError as error:                             # a folder that may not be read: go on without it
-        print(f"{model} cannot be read ({error.strerror}): left out")
+        print(plain(f"{model} cannot be read ({error.strerror}): left out"))
 
 
 def render_object(job, folder, config, device):
@@ -299,6 +300,8 @@ def main(argv=None):
         raise UserError("--holdout keeps ShapeNet's models aside: it goes with --shapenet")
     if not re.fullmatch(r"\d+", config.synset):
         raise UserError("--synset: digits alone, as 03261776")
+    if config.renderer == "pytorch3d":
+        pytorch3d()                                      # is it there?  --fresh must not delete before that
     device = pick_device(config.device)
 
     # What is to be made, and where.  Each category has folders of its own, so that several fit into one --out
@@ -340,7 +343,7 @@ def main(argv=None):
             write_transforms(folder)
 
     # What was made, what was skipped and why.  The picture shows wrong colours or a wrong pose at a glance
-    why = "".join(f"; {failure}" for failure in skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+    why = "".join(f"; {plain(failure)}" for failure in skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
     print(f"found {len(jobs)} models: {len(jobs) - len(todo)} were rendered already, "
           f"{len(todo) - len(skipped)} now, {len(skipped)} skipped{why}")
     if not train.is_dir():

@@ -282,7 +282,7 @@ def main(argv=None):
     # Are they new?  The samples' numbers mean little alone.  Two other sets stand beside them: the training
     # objects, each compared with the others, and recombinations of their codes, which need no diffusion
     training = latents_of(model, model.codes)
-    others = latents_of(model, recombined(model, 128, torch.Generator().manual_seed(0)))
+    others = latents_of(model, recombined(model, 64, torch.Generator().manual_seed(0)))
     rows = {"samples": novelty(latents, training),
             "training objects": novelty(training, training, itself=True),
             "recombined codes": novelty(others, training)}

@@ -23,11 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import diffusion
-from autodecoder import load_autodecoder
+from autodecoder import fingerprint, load_autodecoder
 from chapters.hybrid import Attention
 from common import (command, grid, load_stage, parse_config, pick_device, save_checkpoint, save_picture,
                     saved_config, to_bytes)
-from diffusion import Denoiser, fingerprint, latents_of, level_embedding
+from diffusion import Denoiser, latents_of, level_embedding
 from sample import novelty, summarise
 from volume_render import ANGLES, SIZE, cameras, render_views
 
@@ -117,7 +117,9 @@ class LatentDenoiser(Denoiser):
         rms = self.norm.normalize(latents).square().mean().sqrt()
         self.deviation.fill_(rms.item())
         least = self.config.low * rms.item()
-        levels, sigma, entropy = diffusion.choose_levels(self.to_components(latents), least, generator)
+        points = self.to_components(latents)
+        points = points @ diffusion.principal(points, len(points)).T           # as far apart, in fewer numbers
+        levels, sigma, entropy = diffusion.choose_levels(points, least, generator)
         self.levels.copy_(levels)
         return self.to_components(latents_of(self.model[0], codes)), sigma, entropy
 
@@ -138,7 +140,7 @@ class LatentDenoiser(Denoiser):
         seen = (c_in * x).view(len(x), *self.norm.centre.shape)
         return c_skip * x + c_out * self.network(seen, sigma.flatten().log() / 4).flatten(1)
 
-    guess = denoise                                            # a sample is a latent, where stage 2 has a code
+    guess = denoise                                       # a sample is a latent, where stage 2 has a code
 
     def error(self, guess, codes, z):
         return guess - z

@@ -27,10 +27,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import fit_codes
+from autodecoder import fingerprint, fit_codes
 from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint, save_checkpoint,
                     to_bytes)
-from diffusion import fingerprint
 from render_shapenet import worker_setup
 from shapes import earphones
 from shapes.meshes import load_obj

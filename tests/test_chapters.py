@@ -97,7 +97,8 @@ def test_codes_are_fitted_to_unseen_objects(data, trained, tmp_path, capsys):
         few_views.main([*flags, "--views", views])
         said = capsys.readouterr().out
         assert "2 unseen objects" in said and f"{views} photos each" in said
-        assert (tmp_path / f"views_{views}.png").exists() and "ours" in (tmp_path / f"views_{views}.txt").read_text()
+        assert (tmp_path / f"views_{views}.png").exists()
+        assert "ours" in (tmp_path / f"views_{views}.txt").read_text()
     with pytest.raises(UserError, match="--views 6"):
         few_views.main([*flags, "--views", "6"])
 

@@ -169,8 +169,13 @@ def test_ctrl_c_in_any_script_is_one_line(path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [path.stem])
     for module in (common, autodecoder, diffusion):              # (a chapter begins in its stage)
         monkeypatch.setattr(module, "parse_config", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(UserError, match="stopped; what was written before is kept"):
-        runpy.run_path(str(path), run_name="__main__")
+    # Where the tests themselves run in the background, SIGINT is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(UserError, match="stopped; what was written before is kept"):
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_digests_tell_apart():
@@ -186,3 +191,25 @@ def test_control_characters_in_a_message_are_written_out(tmp_path, capsys):
     assert str(UserError("a\x1b[31m\nb\udce9 \u00e9")) == "a\\x1b[31m\\nb\\udce9 \u00e9"
     common.Run(tmp_path, "test", Config(), (), stale=()).say("a\x1b[31m\nb\udce9")
     assert capsys.readouterr().out == "a\\x1b[31m\\nb\\udce9\n"
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(tmp_path, monkeypatch, capsys):
+    @dataclass
+    class Config:
+        out: str = ""
+    begin = lambda: common.Run(tmp_path, "test", Config(), (), stale=())
+    run = begin()
+    run.save({"step": 1})
+    run.save({"step": 2})
+    run.lock.close()
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    run = begin()
+    assert run.load()["step"] == 1 and "damaged" in capsys.readouterr().out
+
+    def full(file, state):
+        raise UserError("the disk is full")
+    monkeypatch.setattr(common, "save_checkpoint", full)
+    with pytest.raises(UserError):
+        run.save({"step": 2})
+    assert common.load_checkpoint(tmp_path / "previous.pt")["step"] == 1
+    run.lock.close()

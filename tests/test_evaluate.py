@@ -203,7 +203,8 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
     said = capsys.readouterr().out
     assert said.count("fitting the codes") == 1 and (out / "tables.json").read_text() == first
     rows = json.loads(first)["rows"]
-    assert {"ours", "recombined codes", "swapped colours", "Gaussian of codes", "Gaussian of latents", "a copier",
+    assert {"ours", "recombined codes", "swapped colours", "Gaussian of codes", "Gaussian of latents",
+            "a copier",
             "training objects", "held-out objects", "fresh objects", "fresh objects, blurred",
             "noise"} == set(rows)
     assert rows["a copier"]["copies"][0] == 1

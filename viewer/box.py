@@ -10,9 +10,8 @@ run  python -m viewer.box --out pretrained
 from dataclasses import dataclass
 from pathlib import Path
 
-from autodecoder import load_autodecoder
+from autodecoder import fingerprint, load_autodecoder
 from common import UserError, command, load_stage, parse_config, save_checkpoint
-from diffusion import fingerprint
 
 
 @dataclass
