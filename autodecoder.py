@@ -87,7 +87,7 @@ PRESETS = {
     "gpu": dict(size=128, channels=(128, 64, 32), rays=32768, samples=96, steps=12000, dense_steps=1000,
                 preview_every=2000, save_every=1000),
     "smoke": dict(size=32, objects=4, steps=40, channels=(16,), shape_width=8, colour_width=8, rays=512,
-                  batch_objects=2, samples=24, dense_steps=20, preview_every=20, save_every=20, log_every=5),
+                  batch_objects=2, samples=12, dense_steps=20, preview_every=20, save_every=20, log_every=5),
     # Choices of the paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small
     # latent.  (One more of them is exercise 2 of lab/README.md)
     "notebook": dict(latent_resolution=4, channels=(32, 16, 16), mask_weight=0.0, foreground=0.0,

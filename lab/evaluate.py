@@ -72,7 +72,7 @@ class Config:
     device: str = "auto"                 # auto, cpu or cuda
 
 
-PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=6, points=64, fits=4, fit_steps=3, readings=32,
+PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=4, points=64, fits=4, fit_steps=3, readings=32,
                                                reader_steps=10, bootstrap=20,
                                                cache="runs/fresh_smoke")}
 

@@ -21,9 +21,9 @@ SMALL = {                                      # what makes each small; of a fla
     "diffusion": STAGE + "--preview_every 4 --save_every 4 ",
     "sample": "--count 2 --steps 2 --views 2 --size 32 --device cpu ",
     "volume_render": "--resolution 16 --size 16 --samples 8 --device cpu ",
-    "lab.evaluate": "--preset smoke --count 6 --points 64 --device cpu ",
+    "lab.evaluate": "--preset smoke --count 4 --points 64 --device cpu ",
     "lab.sweep": STAGE.replace("preset", "stages").replace("steps", "steps1")
-                 + "--steps2 4 --count 6 --points 64 --fits 4 --hours 0.00001 --data data ",
+                 + "--steps2 4 --count 4 --points 64 --fits 4 --hours 0.00001 --data data ",
     "viewer.export": "--count 1 --frames 2 --sheet 2 --steps 2 --resolution 16 --device cpu ",
     "viewer.box": "",
     "chapters.hybrid": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --holdout_views 4 "
