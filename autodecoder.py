@@ -10,17 +10,17 @@ diffuses what lies between them:
     code e (259) --G1--> latent volume (16 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
 
 A code has three parts: 128 numbers for the shape, 128 for the colours, 3 for stretches along x, y and z.
-They come apart because stage 1 makes photos that nobody took.  Object i in the colours of object k: in
-ambient light a photo shows the materials' colours alone, so its colours can be exchanged.  And object i wider
-or taller: the same photos, along stretched rays.
+They come apart because stage 1 makes photos that nobody took.  It paints object i in the colours of object k.
+This is possible because all light is ambient (equal from everywhere): a photo holds the materials' colours
+alone.  It also makes object i wider or taller: it sends stretched rays through the same photos.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
 run  python autodecoder.py                                       72 objects: 30.46 dB (row A4)
-     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB (row A3)
+     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB before stretches (row A3)
      python -m chapters.few_views --views 2                          new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
-read Config, Autodecoder, draw_batch, recolouring, reconstruction_loss, main; then fit_codes.
+read Config, Autodecoder, draw_batch, recolouring, photos_nobody_took, reconstruction_loss, main; fit_codes.
 """
 import json
 import math
@@ -57,6 +57,10 @@ class Config:
     # rendering
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first
+    # photos that nobody took
+    recolour: float = 0.5                # share of a step's objects in another one's colours (from 0 to 1)
+    stretched: float = 0.5               # first share of objects to stretch; falls to 0.2 of it (from 0 to 1)
+    stretch: float = 0.18                # log of the largest stretch along an axis (from 0.01 to 1)
     # training
     steps: int = 6000                    # gradient steps (at least 1)
     batch_objects: int = 8               # objects in a step (at least 1)
@@ -68,10 +72,6 @@ class Config:
     lr_floor: float = 0.03               # of both at the end, as a share of the highest (from 0 to 1)
     mask_weight: float = 0.1             # weight of the opacity's squared error
     code_decay: float = 1e-4             # weight of the codes' mean square: keeps them near each other
-    # photos that nobody took
-    recolour: float = 0.5                # share of a step's objects in another one's colours (from 0 to 1)
-    stretched: float = 0.5               # share that is stretched, at first; at the end a fifth (from 0 to 1)
-    stretch: float = 0.18                # log of the largest stretch along an axis (from 0.01 to 1)
     precision: str = "auto"              # auto | bf16 | float32: of the convolutions; auto asks the hardware
     seed: int = 0                        # of the weights, the codes and the batches
     device: str = "auto"                 # auto, cpu or cuda
@@ -245,8 +245,8 @@ def draw_batch(photos, config, views, generator, objects=None):
 def recolouring(palettes, i, k):
     """How to paint objects i in the colours of objects k: c -> A c + b, with A (B,3,3) and b (B,3)
 
-    A palette is the mean and the covariance of an object's colours.  Painted so, the colours of i have the
-    palette of k.  Many maps do that; this one moves the colours least (Monge's, between two Gaussians)."""
+    A palette is the mean and the covariance of an object's colours.  The map gives i's colours k's palette.
+    Many maps do that; this one moves the colours least (optimal transport from one Gaussian to another)."""
     mean, covariance = palettes
     root, inverse = power(covariance[i], 0.5), power(covariance[i], -0.5)
     A = inverse @ power(root @ covariance[k] @ root, 0.5) @ inverse
@@ -254,14 +254,14 @@ def recolouring(palettes, i, k):
 
 
 def power(matrix, exponent):
-    """Of symmetric positive matrices (...,n,n)"""
+    """matrix ** exponent, for symmetric positive matrices (...,n,n)"""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
 
 
 def photos_nobody_took(objects, batch, palettes, extents, config, share, generator):
-    """A batch, of which some objects are painted in others' colours, and a share of them stretched
-    -> whose colours (B,), log stretches (B,3), batch"""
+    """Paints some objects of a batch in others' colours, and stretches a share of them -> whose colours (B,),
+    log stretches (B,3), the changed batch"""
     origins, directions, rgb, opacity = batch
     B = len(objects)
 
@@ -444,7 +444,7 @@ def fit_codes(model, photos, views, device, steps=400, rate=0.1, decay=1e-3, see
     # A code is counted in deviations of the training codes, from their mean: a random start often ends badly.
     # The pull back to 0 decides whatever the given photos do not show
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
-    deviation[-3:] = 0.5                     # stretches: training drew them from -1 to 1
+    deviation[-3:] = 0.5 * (model.config.stretched > 0)      # training drew them from -1 to 1, or not at all
     recipe, fitted = replace(model.config, batch_views=len(views)), []
     for objects in torch.arange(len(photos.names)).split(8):
         z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)

@@ -4,8 +4,8 @@ Stage 2 of 3: diffuse the latents.  Learn to take noise off the latents z_i = G1
     min over D    mean_{i, sigma, n}  weight(sigma) | D(z_i + sigma n, sigma) - z_i |^2,      n ~ N(0, I)
 
 A denoiser D that can do this knows the way to the latents: (D(x, sigma) - x) / sigma^2 is the score, the
-direction in which noised latents become more likely (Tweedie).  Followed from pure noise it ends at a latent,
-and G2 makes an object of it.  Four choices are made on this page:
+direction in which noised latents become more likely (Tweedie's formula).  From pure noise we follow it to a
+latent, and G2 makes an object of that.  Four choices are made on this page:
 
     guess         D(x, sigma) = G1(network(x, sigma)).  The network guesses a *code*, and stage 1's frozen G1
                   makes the latent.  So whatever is guessed is something that the decoder knows: no specks
@@ -46,12 +46,12 @@ class Config:
     # the latents
     mix: float = 1.0                     # share of a batch that is recombined; 0: only objects (from 0 to 1)
     recombinations: int = 4096           # how many there are to learn from (at least 1)
-    among: int = 8                       # shapes are mixed with this many nearest ones; 0: any with any
+    among: int = 8                       # shapes are mixed within the nearest 8, itself too; 0: any with any
     spread: float = 1.6                  # 1: between the mixed shapes; above: also beyond them (from 0 to 4)
     stretch: float = 0.75                # their largest stretch, as a share of stage 1's (from 0 to 1)
-    components: int = 320                # principal components that the network sees (at least 1)
+    components: int = 320                # principal components that the network sees (from 1 to 3000)
     # the noise, and the network that removes it
-    formulation: str = "edm"             # edm | ddpm: ddpm needs 1.6 times the steps (D12 to D14)
+    formulation: str = "edm"             # edm | ddpm: see denoising_loss; ddpm once took 1.6 times the steps
     low: float = 0.1                     # the least sigma, in deviations of the latents (from 0.0001 to 10)
     width: int = 1024                    # hidden units (at least 1)
     layers: int = 3                      # hidden layers
@@ -80,7 +80,7 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 
 # -------------------------------------------------------------------------- what the network sees of a latent
 class RobustNorm(nn.Module):
-    """(latent - centre - median) / (0.7413 x inter-quartile range), per channel        (3DADM, section 3.4)
+    """(latent - centre - median) / (0.7413 x inter-quartile range), per channel  (Ntavelis et al. 2023, 3.4)
 
     Latents are bell-shaped with long tails, which would inflate a standard deviation; 0.7413 times the inter-
     quartile range ignores them.  The centre is ours: the mean object, which is most of every latent."""
@@ -120,7 +120,7 @@ class MLP(nn.Module):
         layer = lambda outer: nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outer))
         self.hidden = nn.ModuleList([layer(width) for _ in range(config.layers)])
         self.leave = layer(said)
-        # The last layer starts at zero.  The network then outputs 0, and the guess is the best linear one
+        # The last layer starts at zero.  The network then outputs 0, and the guess is the linear one alone
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
 
@@ -139,8 +139,8 @@ def level_embedding(level, half):
 
 
 class Denoiser(nn.Module):
-    """D(x, sigma), and what it must know of the latents: their normalisation, principal components, the
-    deviation in each, and the noise levels."""
+    """D(x, sigma), and what it must know: how latents are normalised, their principal components and the
+    deviation in each, the codes' mean and deviation, two matrices between both, and the noise levels."""
 
     def __init__(self, config, model):
         super().__init__()
@@ -164,8 +164,8 @@ class Denoiser(nn.Module):
         z = rows @ self.basis.T                                                              # (P,K)
         self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
 
-        # Codes from latents and latents from codes, as well as a matrix can.  A matrix makes 97 % of what G1
-        # makes of a code (of the variance), at a hundredth of the cost: the loss is counted by it
+        # Two least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss:
+        # it explains 97 % of the variance of G1's latents, at a hundredth of the cost
         self.mean.copy_(codes.mean(0))
         self.spread.copy_(codes.std(0, correction=0) + 1e-6)
         plain = (codes - self.mean) / self.spread
@@ -195,7 +195,7 @@ class Denoiser(nn.Module):
         return self.mean + self.spread * (linear + self.network(x / total, sigma.flatten().log() / 4))
 
     def error(self, guess, codes, z):
-        """How wrong guessed codes are (B,W), in the latent's components (B,K)"""
+        """D - z (B,K), nearly: from codes (B,W) by the matrix, not by G1.  (z is for chapters/unet.py)"""
         return (guess - codes) / self.spread @ self.from_code
 
     def denoise(self, x, sigma):
@@ -333,26 +333,26 @@ def recombined(model, count, generator, among=8, spread=1.6, largest=0.75):
     """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
     object, and a stretch"""
     shapes, N = model.shapes, len(model.shapes)
-    # A shape is a weighted sum of an object's and two of its nearest ones' (every other one: of one alone),
-    # because nothing is half-way between a bud and a headphone
+    # An object's shape is mixed with two shapes near it (every other time with one).  Far shapes are not
+    # mixed, because nothing is half-way between a bud and a headphone
     first = torch.randint(N, (count, 1), generator=generator)
     others = torch.randint(min(among or N, N), (count, 2), generator=generator)
     others = torch.cdist(shapes, shapes).argsort(1).cpu()[first, others]           # the nearest is itself
     share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()       # uniform on the triangle
     share[::2, 2] = 0
     share = share / share.sum(1, keepdim=True)
-    # Means lie between what they are means of, so mixtures are less varied than objects.  Weights further
-    # from equal, even below 0, give the variety back
+    # A mean lies between its parts, so mixtures vary less than objects do.  Weights that are further from
+    # equal, some of them below 0, bring the variety back
     equal = (share > 0).float() / (share > 0).sum(1, keepdim=True)
     share = (equal + spread * (share - equal)).to(shapes.device)
     shape = (share[..., None] * shapes[torch.cat([first, others], 1).to(shapes.device)]).sum(1)
 
-    # Anybody's colours; and wider or taller, but the bounding box's diagonal is 1, as that of all objects
-    colours = model.colours[torch.randint(N, (count,), generator=generator).to(shapes.device)]
+    # Colours and stretches, as far as stage 1 has shown them; the box's diagonal stays that of an object
+    whose = torch.randint(N, (count,), generator=generator) if model.config.recolour else first[:, 0]
     stretch = largest * (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
-    codes = torch.cat([shape, colours, stretch], 1)
-    usual = diagonals(model, model.codes).mean()
-    codes[:, -3:] -= (diagonals(model, codes) / usual).log()[:, None] / model.config.stretch
+    codes = torch.cat([shape, model.colours[whose.to(shapes.device)], stretch], 1)
+    longer = (diagonals(model, codes) / diagonals(model, model.codes).mean()).log().clamp(-0.5, 0.5)
+    codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
     return codes
 
 
@@ -412,7 +412,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
         average.load_state_dict(state["denoiser"])
         denoiser.load_state_dict(state["denoiser"] | state["raw"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, data = state["step"], denoiser.to_components(latents_of(model, codes))    # in the saved basis
         print(f"going on from step {step} of {config.out}/last.pt")
     print(f"{len(own)} objects and {count} recombinations; noise from {denoiser.levels[0]:.2g} to "
           f"{denoiser.levels[-1]:.3g}; {sum(p.numel() for p in denoiser.network.parameters())} parameters")

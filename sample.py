@@ -2,7 +2,7 @@
 Stage 3 of 3: new objects.  A seed gives noise, the denoiser makes a latent of it, G2 makes a volume of the
 latent, and the renderer shows the volume from all around (novel views):
 
-    n ~ N(0, I)  --DDPM or EDM-->  latent z = G1(code)  --G2-->  volume  --render-->  views around it
+    n ~ N(0, I)  --denoise-->  latent z = G1(code)  --G2-->  volume  --render-->  views around it
 
 The denoiser guesses codes, so each sample has one.  Its parts can be exchanged: --shape_of, --colours_of and
 --stretch draw one shape in many colours, many shapes in the same colours, or all a little taller.
@@ -60,7 +60,7 @@ class Config:
     count: int = 8                       # how many samples (from 1 to 100000)
     seed: int = 0                        # sample k comes from seed + k alone
     sampler: str = ""                    # heun or ancestral; "": heun for an edm training, else ancestral
-    steps: int = 0                       # steps of the sampler; 0: its usual number
+    steps: int = 0                       # noise levels to visit; 0: the usual number; 1: a mean object only
     shape_of: str = ""                   # a training object's name or a seed, whose shape all samples get
     colours_of: str = ""                 # a training object's name or a seed, whose colours all samples get
     stretch: tuple = (1.0, 1.0, 1.0)     # factors along x, y and z, as 1 1 1.2: taller (from 0.7 to 1.4)
@@ -106,9 +106,9 @@ def exchanged(codes, model, names, denoiser, config):
     # A code is shape, colours and stretches, in this order.  A shape takes its stretches along
     wide = model.shapes.shape[1]
     if config.colours_of:
-        codes[:, wide:-3] = code_of(config.colours_of, model, names, denoiser)[wide:-3]
+        codes[:, wide:-3] = code_of(config.colours_of, model, names, denoiser, config)[wide:-3]
     if config.shape_of:
-        shape = code_of(config.shape_of, model, names, denoiser)
+        shape = code_of(config.shape_of, model, names, denoiser, config)
         codes[:, :wide], codes[:, -3:] = shape[:wide], shape[-3:]
 
     # A stretch is a logarithm, in units of the largest that stage 1 has shown
@@ -117,12 +117,12 @@ def exchanged(codes, model, names, denoiser, config):
     return codes
 
 
-def code_of(name, model, names, denoiser):
+def code_of(name, model, names, denoiser, config):
     """A training object's code, by its name; or a sample's, by its seed -> (W,)"""
     if name in names:
         return model.codes[names.index(name)]
     if name.isdecimal():
-        return draw_samples(denoiser, [int(name)])[0]
+        return draw_samples(denoiser, [int(name)], config.steps, config.sampler)[0]
     near = difflib.get_close_matches(name, names, 3, 0) or names[:3]
     raise UserError(f"{name} is no training object and no seed; {', '.join(near)} are training objects")
 
@@ -281,11 +281,11 @@ def main(argv=None):
 
     # Are they new?  The samples' numbers mean little alone.  Two other sets stand beside them: the training
     # objects, each compared with the others, and recombinations of their codes, which need no diffusion
-    training = latents_of(model, model.codes)
-    others = latents_of(model, recombined(model, 64, torch.Generator().manual_seed(0)))
+    training, d = latents_of(model, model.codes), denoiser.config
+    others = recombined(model, 64, torch.Generator().manual_seed(0), d.among, d.spread, d.stretch)
     rows = {"samples": novelty(latents, training),
             "training objects": novelty(training, training, itself=True),
-            "recombined codes": novelty(others, training)}
+            "recombined codes": novelty(latents_of(model, others), training)}
     text = summarise(rows)
 
     # Our earphones have kinds (over-ear, buds, ...).  If all nearest objects are of one kind, the samples
@@ -324,8 +324,8 @@ def main(argv=None):
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
 
-    # A page with the first eight samples, the first one on its way out of the noise, and a walk from the
-    # first to the second
+    # A page with the first eight samples.  From the seeds' own codes, with nothing exchanged: the first one's
+    # way out of the noise, and a walk to the next seed
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
                   denoiser, (config.seed, config.seed + 1), steps=config.steps, sampler=config.sampler)
     print(f"wrote {out}: sheet.png, swaps.png, report.txt, report.json, viewer.html"

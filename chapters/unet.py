@@ -118,7 +118,7 @@ class LatentDenoiser(Denoiser):
         self.deviation.fill_(rms.item())
         least = self.config.low * rms.item()
         points = self.to_components(latents)
-        points = points @ diffusion.principal(points, len(points)).T           # as far apart, in fewer numbers
+        points = points @ diffusion.principal(points, len(points)).T          # as far apart, in fewer numbers
         levels, sigma, entropy = diffusion.choose_levels(points, least, generator)
         self.levels.copy_(levels)
         return self.to_components(latents_of(self.model[0], codes)), sigma, entropy

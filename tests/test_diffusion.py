@@ -300,7 +300,7 @@ def test_recombined_volumes_have_the_usual_diagonal():
     class Boxes:
         shapes, colours = torch.zeros(3, 2), torch.zeros(3, 2)
         field = staticmethod(lambda channels, position: (channels[..., 0], channels[..., :3]))
-        config = SimpleNamespace(stretch=math.log(2))
+        config = SimpleNamespace(stretch=math.log(2), stretched=0.5, recolour=0.5)
         codes = torch.zeros(3, 7)
 
         def volumes_of(self, codes):
