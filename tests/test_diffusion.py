@@ -295,6 +295,16 @@ def test_recombined_codes_are_of_neighbours_in_others_colours(trained):
     assert wide[:, :4].min() < -0.05                                                       # beyond them
 
 
+def test_nothing_is_recombined_that_stage_1_has_not_shown(trained):
+    """Photos without masks are not recoloured; --stretched 0 stretches none"""
+    model, _ = autodecoder.load_autodecoder(trained)
+    model.config = replace(model.config, recolour=0.0, stretched=0.0)
+    codes = stage.recombined(model, 50, torch.Generator().manual_seed(0), among=1)
+    assert (codes[:, 16:] == 0).all()
+    own = model.codes[:, None, :16]              # among 1: each shape is an object's own
+    assert ((codes[:, :16] - own).abs().amax(2).amin(0) < 1e-4).all()
+
+
 def test_recombined_volumes_have_the_usual_diagonal():
     """Of a model whose volumes are boxes with the sides 2^stretch / 2: all diagonals come out equal"""
     class Boxes:
