@@ -15,7 +15,7 @@ help:
 
 demo: .venv/ready
 	$(RUN) sample.py --diffusion pretrained/diffusion --out samples/pretrained
-	@echo; echo "Look at samples/pretrained/sheet.png and viewer.html. Now to train one from scratch: 15 to 20 minutes, or an hour on a CPU without bf16"; echo
+	@echo; echo "Look at samples/pretrained/sheet.png and viewer.html. Now to train one from scratch: most of an hour on a CPU without bf16"; echo
 	$(RUN) render_shapenet.py
 	$(RUN) autodecoder.py
 	$(RUN) diffusion.py

@@ -25,7 +25,6 @@ import copy
 import itertools
 import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,12 +56,12 @@ class Config:
     layers: int = 3                      # hidden layers
     embedding: int = 64                  # sines and cosines of the noise level (at least 2)
     # training
-    steps: int = 5000                    # gradient steps: more is neater, but nearer to copies (at least 1)
+    steps: int = 5000                    # gradient steps: more end nearer to what it learns from (at least 1)
     batch: int = 256                     # latents in a step (at least 1)
     lr: float = 1e-3                     # learning rate, at its highest
     lr_floor: float = 0.01               # at the end, as a share of the highest (from 0 to 1)
     ema: float = 0.999                   # decay of the averaged weights, which sample (from 0 to 1)
-    seed: int = 0                        # of the weights, the mixtures and the batches
+    seed: int = 0                        # of the weights, the recombinations and the batches
     device: str = "auto"                 # auto, cpu or cuda
     # housekeeping
     log_every: int = 20                  # steps between log lines (at least 1)
@@ -158,6 +157,7 @@ class Denoiser(nn.Module):
         latents = latents_of(self.model[0], own)
         self.norm.fit(latents)
         rows = self.norm.normalize(latents_of(self.model[0], codes)).flatten(1)              # (P,D)
+        # (3,000 latents know these directions; an eigendecomposition of more takes long)
         self.basis.copy_(principal(rows[:3000], len(self.basis)))
 
         # EDM's sigma_data is one number, 0.5.  Ours is measured in each component: the first are the longest
@@ -329,14 +329,14 @@ def latents_of(model, codes):
 
 
 @torch.no_grad()
-def recombined(model, count, generator, among=8, spread=1.6, largest=0.75):
+def recombined(model, count, generator, config):
     """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
     object, and a stretch"""
     shapes, N = model.shapes, len(model.shapes)
     # An object's shape is mixed with two shapes near it (every other time with one).  Far shapes are not
     # mixed, because nothing is half-way between a bud and a headphone
     first = torch.randint(N, (count, 1), generator=generator)
-    others = torch.randint(min(among or N, N), (count, 2), generator=generator)
+    others = torch.randint(min(config.among or N, N), (count, 2), generator=generator)
     others = torch.cdist(shapes, shapes).argsort(1).cpu()[first, others]           # the nearest is itself
     share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()       # uniform on the triangle
     share[::2, 2] = 0
@@ -344,12 +344,12 @@ def recombined(model, count, generator, among=8, spread=1.6, largest=0.75):
     # A mean lies between its parts, so mixtures vary less than objects do.  Weights that are further from
     # equal, some of them below 0, bring the variety back
     equal = (share > 0).float() / (share > 0).sum(1, keepdim=True)
-    share = (equal + spread * (share - equal)).to(shapes.device)
+    share = (equal + config.spread * (share - equal)).to(shapes.device)
     shape = (share[..., None] * shapes[torch.cat([first, others], 1).to(shapes.device)]).sum(1)
 
     # Colours and stretches, as far as stage 1 has shown them; the box's diagonal stays that of an object
     whose = torch.randint(N, (count,), generator=generator) if model.config.recolour else first[:, 0]
-    stretch = largest * (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
+    stretch = config.stretch * (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
     codes = torch.cat([shape, model.colours[whose.to(shapes.device)], stretch], 1)
     longer = (diagonals(model, codes) / diagonals(model, model.codes).mean()).log().clamp(-0.5, 0.5)
     codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
@@ -394,8 +394,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
     # What to learn from: the objects' codes, then recombined ones
     generator = torch.Generator().manual_seed(config.seed)
     own, count = model.codes, config.recombinations
-    new = recombined(model, count, generator, config.among, config.spread, config.stretch)
-    codes = torch.cat([own, new])
+    codes = torch.cat([own, recombined(model, count, generator, config)])
     config.components = min(config.components, len(codes))
 
     # The denoiser, and a second network whose weights are the running mean of the first's: it will sample

@@ -281,8 +281,8 @@ def main(argv=None):
 
     # Are they new?  The samples' numbers mean little alone.  Two other sets stand beside them: the training
     # objects, each compared with the others, and recombinations of their codes, which need no diffusion
-    training, d = latents_of(model, model.codes), denoiser.config
-    others = recombined(model, 64, torch.Generator().manual_seed(0), d.among, d.spread, d.stretch)
+    training = latents_of(model, model.codes)
+    others = recombined(model, 64, torch.Generator().manual_seed(0), denoiser.config)
     rows = {"samples": novelty(latents, training),
             "training objects": novelty(training, training, itself=True),
             "recombined codes": novelty(latents_of(model, others), training)}

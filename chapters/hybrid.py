@@ -14,9 +14,9 @@ self-attention.
 
 in   data/earphones_train/       as stage 1
 out  runs/hybrid/                as stage 1
-run  python -m chapters.hybrid                              two minutes' worth of steps: 23.45 dB (row A2)
+run  python -m chapters.hybrid                              23.45 dB by older code (row A2)
      python -m chapters.hybrid --no-planes --steps 570 --out runs/mlp_head        24.89 dB (row A2)
-     (stage 1 reaches 28.47 dB in the same two minutes)
+     (stage 1 then reached 28.47 dB in the same two minutes)
 read HybridDecoder, Block, Attention.
 """
 import math

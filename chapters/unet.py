@@ -5,14 +5,14 @@ A chapter on stage 2: 3DADM's denoiser, a 3D U-Net, in place of the paper's MLP.
 
 The MLP needs principal components, because its hidden units are fewer than a latent's 8,192 numbers.  A
 convolutional network has no such bottleneck: it can output noise in all of them, and works on the latent as
-it is.  It also knows what the MLP must learn: neighbours in a latent belong together.  Its price is time:
-4,000 steps of 16 latents take 6 minutes, where the MLP takes 3.5 for 4,000 steps of 256.  After them colours
-still bleed, and much of each sample lies outside the span of the training latents.
+it is.  It also knows what the MLP must learn: neighbours in a latent belong together.  Its price is time.
+After 4,000 steps of 16 latents colours still bleed, and much of each sample lies outside the span of the
+training latents (rows D4 and D5, by older code: nothing was recombined, and the MLP guessed latents too).
 
 in   runs/autodecoder/last.pt
 out  runs/unet/                  as stage 2; and latents.pt, samples.png
-run  python -m chapters.unet                       6 min on two cores; outside 0.68 (row D4; MLP: 0.11)
-     python -m chapters.unet --mix 0 --out runs/unet_plain       without mixtures: no copies either (row D5)
+run  python -m chapters.unet
+     python -m chapters.unet --mix 0 --out runs/unet_plain       nothing recombined
 read UNet, LatentDenoiser, main.
 """
 from dataclasses import dataclass
@@ -170,7 +170,7 @@ def main(argv=None):
     save_picture(out / "samples.png", grid(to_bytes(rgb), 8))
     outside = torch.tensor([row["outside"] for row in rows["samples"]]).quantile(0.95)
     print(f"wrote {out}: latents.pt, samples.png.  Outside the span, 95th percentile: {outside:.2f} "
-          "(row D4: 0.68; lower is better)")
+          "(row D4, by older code: 0.68; lower is better)")
 
 
 if __name__ == "__main__":

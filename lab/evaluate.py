@@ -26,7 +26,7 @@ plain words; in short, and for each the value of a perfect generator:
 
 Training objects themselves have the best 1-NNA: read it with Z_U.  +- is a deviation, by bootstrap.
 
-in   runs/diffusion, runs/autodecoder        stages 1 and 2, or the model in the box;
+in   runs/diffusion, runs/autodecoder        stages 1 and 2, or the model in the box
 out  runs/evaluate/      tables.md, tables.json, figure.png
 run  python -m lab.evaluate
 read judge, rivals, main; and metrics.py, fresh.py.
@@ -190,14 +190,14 @@ def rivals(model, denoiser, config, device):
     sets = {"ours": torch.cat([denoiser.latents(draw_samples(denoiser, seeds[k:k + 64]))
                                for k in range(0, count, 64)])}
     if config.controls:
-        any_ = lambda: torch.randint(len(training), (count,), generator=generator).to(device)
+        anybody = lambda: torch.randint(len(training), (count,), generator=generator).to(device)
         plain = torch.zeros(count, 3, device=device)                               # not stretched
         halves = [gaussian(half, count, generator) for half in (model.shapes, model.colours)]
-        sets |= {"recombined codes": latents_of(model, recombined(model, count, generator)),
-                 "swapped colours": latents_of(model, model.code(any_(), any_(), plain)),
+        sets |= {"recombined codes": latents_of(model, recombined(model, count, generator, denoiser.config)),
+                 "swapped colours": latents_of(model, model.code(anybody(), anybody(), plain)),
                  "Gaussian of codes": latents_of(model, torch.cat([*halves, plain], 1)),
                  "Gaussian of latents": gaussian(training, count, generator),
-                 "a copier": training[any_()]}
+                 "a copier": training[anybody()]}
     return sets | {"training objects": training}
 
 

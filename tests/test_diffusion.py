@@ -277,12 +277,15 @@ def test_principal_components_are_orthonormal_and_enough():
     assert (x - x @ basis.T @ basis).norm() < 1e-3 * x.norm()
 
 
+knobs = lambda **change: replace(stage.Config(), **change)
+
+
 def test_recombined_codes_are_of_neighbours_in_others_colours(trained):
     model, _ = autodecoder.load_autodecoder(trained)
     model.shapes = torch.nn.Parameter(torch.cat([torch.eye(4), 100 + torch.eye(4)]) @ torch.randn(4, 8))
     model.shapes.data[:4], model.shapes.data[4:] = torch.eye(4, 8), 100 + torch.eye(4, 8)
     model.colours = torch.nn.Parameter(torch.arange(8.0)[:, None].expand(8, 8).clone())
-    codes = stage.recombined(model, 400, torch.Generator().manual_seed(0), among=4, spread=1.0)
+    codes = stage.recombined(model, 400, torch.Generator().manual_seed(0), knobs(among=4, spread=1.0))
     shape, colours, stretch = codes[:, :8], codes[:, 8:16], codes[:, 16:]
     low = shape.mean(1) < 50
     assert shape.shape == colours.shape == (400, 8) and 100 < low.sum() < 300
@@ -291,7 +294,7 @@ def test_recombined_codes_are_of_neighbours_in_others_colours(trained):
     assert (colours == colours[:, :1]).all() and len(colours[:, 0].unique()) == 8          # somebody's, whole
     assert not (colours[:, 0] < 4).eq(low).all()                                         # not the neighbours'
     assert (stretch.amax(1) - stretch.amin(1)).max() <= 2 + 1e-4
-    wide = stage.recombined(model, 400, torch.Generator().manual_seed(0), among=4, spread=2.0)
+    wide = stage.recombined(model, 400, torch.Generator().manual_seed(0), knobs(among=4, spread=2.0))
     assert wide[:, :4].min() < -0.05                                                       # beyond them
 
 
@@ -299,7 +302,7 @@ def test_nothing_is_recombined_that_stage_1_has_not_shown(trained):
     """Photos without masks are not recoloured; --stretched 0 stretches none"""
     model, _ = autodecoder.load_autodecoder(trained)
     model.config = replace(model.config, recolour=0.0, stretched=0.0)
-    codes = stage.recombined(model, 50, torch.Generator().manual_seed(0), among=1)
+    codes = stage.recombined(model, 50, torch.Generator().manual_seed(0), knobs(among=1))
     assert (codes[:, 16:] == 0).all()
     own = model.codes[:, None, :16]              # among 1: each shape is an object's own
     assert ((codes[:, :16] - own).abs().amax(2).amin(0) < 1e-4).all()
@@ -321,7 +324,7 @@ def test_recombined_volumes_have_the_usual_diagonal():
             return 1e3 * box[:, None].float().expand(-1, 4, -1, -1, -1)
 
     model = Boxes()
-    codes = stage.recombined(model, 20, torch.Generator().manual_seed(0))
+    codes = stage.recombined(model, 20, torch.Generator().manual_seed(0), knobs())
     assert codes[:, -3:].std() > 0.3
     assert (stage.diagonals(model, codes) / (3 ** 0.5 / 2) - 1).abs().max() < 0.06       # a voxel is 3 %
 
