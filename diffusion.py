@@ -165,7 +165,7 @@ class Denoiser(nn.Module):
         self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
 
         # Two least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss:
-        # it explains 97 % of the variance of G1's latents, at a hundredth of the cost
+        # it explains 97 % of the variance of G1's latents, in a thousandth of the time
         self.mean.copy_(codes.mean(0))
         self.spread.copy_(codes.std(0, correction=0) + 1e-6)
         plain = (codes - self.mean) / self.spread
