@@ -59,7 +59,7 @@ class Config:
     transforms: bool = False       # also write transforms.json, which nerfstudio and instant-ngp read
     renderer: str = "torch"        # torch | pytorch3d: ours, or the paper's where it is installed
     seed: int = 0                  # another seed gives other cameras and other earphones
-    workers: int = 0               # processes; 0: one per core, or one where there is a GPU
+    workers: int = 0               # processes; 0: one per core, or one where there is a GPU (from 0 to 1000)
     device: str = "auto"           # auto, cpu or cuda
     fresh: bool = False            # throw away the photos in --out and start over
 
@@ -168,8 +168,8 @@ def procedural_jobs(config):
 def shapenet_jobs(config):
     """-> the same for a copy of ShapeNetCore, v1 or v2; and the synset, which is ShapeNet's number for a
     category"""
-    root = Path(config.shapenet).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(config.shapenet))             # (Path's own fails where there is no HOME)
+    if not os.path.isdir(root):
         raise UserError(f"--shapenet {root}: no such folder")
 
     # Users unpack ShapeNet in different ways: DIR may be the synset's folder, a release, or the folder above
@@ -177,14 +177,18 @@ def shapenet_jobs(config):
     names = ("models/model_normalized.obj", "model.obj", "models/model.obj")
     releases = sorted(root.glob(f"*/{config.synset}"), reverse=True)
     for folder in (root, root / config.synset, *releases):
-        models = [path for path in visible(folder) if path.is_dir()] if folder.is_dir() else []
+        models = [path for path in visible(folder) if os.path.isdir(path)] if os.path.isdir(folder) else []
         paths = [obj_of(model, names) for model in models]
         if any(paths):
             break
     else:
+        # Perhaps it is another category: those that are there have names of eight digits
+        names = {path.name for path in (*root.glob("*"), *root.glob("*/*"))} - {config.synset}
+        there = " or ".join(sorted(name for name in names if re.fullmatch(r"\d{8}", name)))
+        others = f".  Give --synset {there}, which is there" if there else ""
         raise UserError(f"{root} holds no models of synset {config.synset}: "
                         f"{config.synset}/<model>/models/model_normalized.obj (v2) or <model>/model.obj (v1) "
-                        "is looked for there, in ShapeNetCore.v*/ below it, and in it")
+                        f"is looked for there, in ShapeNetCore.v*/ below it, and in it{others}")
 
     # If DIR is a synset's folder itself, its name tells the category, because --synset may be left as it was
     print(f"ShapeNet models of {folder}")
@@ -340,7 +344,7 @@ def main(argv=None):
     # For objects of earlier runs too: --transforms may be added when the photos are there already
     for folder in folders if config.transforms else []:
         if folder.is_dir():
-            write_transforms(folder)
+            write_transforms(folder, config.holdout_views)
 
     # What was made, what was skipped and why.  The picture shows wrong colours or a wrong pose at a glance
     why = "".join(f"; {plain(failure)}" for failure in skipped[:3]) + ("; ..." if len(skipped) > 3 else "")

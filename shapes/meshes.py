@@ -35,7 +35,8 @@ from shapes.photos import as_8bit
 MAX_BYTES = 500_000_000        # of one file, and
 MAX_FACES = 5_000_000         # triangles of one mesh: beyond these it is not a ShapeNet model but an accident
 MAX_POINTS = 5_000_000         # vertices of one mesh, and texture coordinates: a gigabyte while they are read
-MAX_LIBRARIES = 100            # material files of one mesh
+MAX_LIBRARIES = 100            # material files of one mesh, and
+MAX_LIBRARY = 2_000_000        # bytes of each
 MAX_TEXELS = 1 << 26           # of all textures of one mesh, 200 MB: for the others the plain colour Kd
 MAX_PIXELS = 8192 * 8192       # of a texture, read from its header before anything is decoded
 MAX_SIDE = 512            # larger textures are box-filtered down to this: at 128 px the rest would only alias
@@ -66,10 +67,12 @@ def load_obj(path):
     # ShapeNet v2 keeps <model>/models/model_normalized.obj beside <model>/images/; v1 has all in one folder
     folder = Path(os.path.realpath(path.parent))
     folder = folder.parent if folder.name == "models" else folder
+    if not Path(os.path.realpath(path)).is_relative_to(folder):
+        raise UserError(f"{path} is a link that leads out of the model's folder: refused")
     notes = {}
     vertices, uvs, corners, corner_uvs, material_names, libraries = read_obj(path, notes)
 
-    materials, libraries = {}, list(dict.fromkeys(libraries))
+    materials, read, libraries = {}, set(), list(dict.fromkeys(libraries))
     if len(libraries) > MAX_LIBRARIES:
         note(notes, f"{len(libraries)} material files: only the first {MAX_LIBRARIES} are looked for")
     for line in libraries[:MAX_LIBRARIES]:
@@ -79,7 +82,8 @@ def load_obj(path):
             file = whole or find(name, path.parent, folder, notes)
             if file is None:
                 note(notes, f"material file {short(name)} is missing")
-            else:
+            elif file not in read and len(read) < MAX_LIBRARIES:
+                read.add(file)
                 materials = read_mtl(file, notes) | materials
 
     # Two entries a material, its texture and its plain Kd: a face without texture
@@ -131,14 +135,14 @@ def short(name):
 
 # ---------------------------------------------------------------------------------------------------- text in
 
-def read_lines(path):
+def read_lines(path, most):
     """Lines as lists of words.  Bytes that are not UTF-8 survive (surrogateescape), so that
     names still match files."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not there" if not path.exists() else f"{path} is not a file")
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB: not a model for this")
+        if path.stat().st_size > most:
+            raise UserError(f"{path} is larger than {most // 1_000_000} MB: not a model for this")
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -168,7 +172,7 @@ def read_obj(path, notes):
     vertices, uvs, libraries, names = [], [], [], []
     triangles = []                                   # each its face, 3 vertices, 3 uvs, its material
     faces, out_of_range, too_few, material = 0, 0, 0, -1
-    for words in read_lines(path):
+    for words in read_lines(path, MAX_BYTES):
         keyword = words[0]
         if max(len(vertices), len(uvs)) > MAX_POINTS:
             raise UserError(f"{path} has more than {MAX_POINTS:,} vertices: not a model for this")
@@ -243,7 +247,7 @@ def read_mtl(path, notes):
     disagree about its direction."""
     materials, name = {}, None
     try:
-        lines = list(read_lines(path))
+        lines = list(read_lines(path, MAX_LIBRARY))
     except UserError as error:
         note(notes, str(error))
         return {}

@@ -8,14 +8,18 @@ load_photos reads theirs:
                      /intrinsics.txt       "f cx cy 0." / "0. 0. 0." / "1." / "H W"
 
 Other people's data is never quite as announced: each reader checks what it reads, and says in one sentence
-which file is wrong, and how.
+which file is wrong, and how.  Photos in another layout are brought into this one by shapes/convert.py:
 
-read write_view, load_photos, read_pose, Photos, atomic_folder.
+run  python -m shapes.photos convert SRC DST
+read write_view, load_photos, read_pose, check_views, Photos, atomic_folder.
 """
+import functools
 import json
 import math
 import os
+import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, command, plain
+from shapes.earphones import draw_factors
 
 
 # ------------------------------------------------------------------------------------------------------ write
@@ -79,7 +84,7 @@ def numbers(matrix):
     return " ".join(repr(float(value)) for value in np.asarray(matrix).flatten())
 
 
-def write_transforms(folder):
+def write_transforms(folder, holdout_views=8):
     """transforms.json, for nerfstudio, instant-ngp and torch-ngp: OpenGL's camera,
     +Y up and looking along -Z."""
     f, cx, cy = read_numbers(folder / "intrinsics.txt", [0])[:3]
@@ -88,11 +93,17 @@ def write_transforms(folder):
     for path in visible(folder / "pose"):
         pose = read_pose(path).astype(float) @ np.diag([1.0, -1, -1, 1])
         frames.append({"file_path": f"rgb/{path.stem}.png", "transform_matrix": pose.tolist()})
+    # nerfstudio would choose its own photos to measure by, and train on those that we hold out.  While it
+    # trains it measures by "val", and at the end by "test"
+    files = [frame["file_path"] for frame in frames]
+    last = max(len(files) - holdout_views, 0)
+    train, test = files[:last], files[last:]
     with atomic_file(folder / "transforms.json") as temporary:
         temporary.write_text(json.dumps({
             "fl_x": f, "fl_y": f, "cx": cx, "cy": cy, "w": size, "h": size,
             "camera_angle_x": 2 * math.atan(size / 2 / f),
             "aabb_scale": 1, "scale": 0.9, "offset": [0.5, 0.5, 0.5], "white_transparent": True,
+            "train_filenames": train, "val_filenames": test, "test_filenames": test,
             "frames": frames}, indent=1))
 
 
@@ -149,10 +160,14 @@ def visible(folder):
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
 
 
+def pictures_of(folder):
+    return [path for path in visible(folder / "rgb") if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+
+
 def load_object(folder, size):
     """-> photos (V,H,W,3), masks (V,H,W) or None, poses (V,4,4), intrinsics (3,3), the photos' side
     as it stands in the files"""
-    pictures = [path for path in visible(folder / "rgb") if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    pictures = pictures_of(folder)
     beside = visible(folder / "pose") if (folder / "pose").is_dir() else []
     cameras = [path for path in beside if path.suffix == ".txt"]
     if not pictures or [path.stem for path in pictures] != [path.stem for path in cameras]:
@@ -173,12 +188,18 @@ def load_object(folder, size):
     return np.stack(photos), np.stack(masks) if has_masks else None, poses, intrinsics, sides[0]
 
 
+def read_small(path):
+    """The text of a small file.  What is no file (a pipe, a device, a folder) is not opened: reading it might
+    never end."""
+    if not path.is_file() or path.stat().st_size > 100_000:
+        raise UserError(f"{path} is not there" if not path.exists() else f"{path} is no small text file")
+    return path.read_text(errors="replace")
+
+
 def read_numbers(path, lines=None):
     """The numbers of a small text file; `lines`: of these lines alone."""
     try:
-        if not path.is_file() or path.stat().st_size > 100_000:
-            raise UserError(f"{path} is not there" if not path.exists() else f"{path} is no small text file")
-        text = path.read_text(errors="replace")
+        text = read_small(path)
         words = " ".join(text.split("\n")[k] for k in lines).split() if lines else text.split()
         values = np.array([float(word) for word in words])
     except (OSError, ValueError, IndexError) as error:
@@ -194,12 +215,8 @@ def read_pose(path):
     values = read_numbers(path)
     if len(values) != 16:
         raise UserError(f"{path} has {len(values)} numbers; a camera_to_world matrix has 16")
-    pose = values.reshape(4, 4)
-    rotation, position, forward = pose[:3, :3], pose[:3, 3], pose[:3, 2]
-    orthonormal = np.abs(rotation @ rotation.T - np.eye(3)).max() <= 2e-3 and np.linalg.det(rotation) >= 0
-    if not orthonormal or np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6:
-        raise UserError(f"{path} is no camera: a rotation (orthonormal, determinant +1), a position and "
-                        "the row 0 0 0 1 are wanted")
+    pose = check_rotation(values.reshape(4, 4), path)
+    position, forward = pose[:3, 3], pose[:3, 2]
     if np.abs(position).max() <= 0.5:
         raise UserError(f"{path}: the camera stands at {position.round(3).tolist()}, "
                         "inside the cube [-0.5, 0.5]^3 of the object")
@@ -207,6 +224,15 @@ def read_pose(path):
         raise UserError(f"{path}: the camera looks away from the object: is this camera_to_world, "
                         "+Z forward? An OpenGL camera needs its second and third columns negated")
     return pose.astype(np.float32)
+
+
+def check_rotation(pose, path):
+    rotation = pose[:3, :3]
+    orthonormal = np.abs(rotation @ rotation.T - np.eye(3)).max() <= 2e-3 and np.linalg.det(rotation) >= 0
+    if not orthonormal or np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6:
+        raise UserError(f"{path} is no camera: a rotation (orthonormal, determinant +1), a position and "
+                        "the row 0 0 0 1 are wanted")
+    return pose
 
 
 def read_intrinsics(path, size):
@@ -227,35 +253,81 @@ def as_8bit(image, mode):
     return image.convert(mode)
 
 
-def open_picture(path, mode):
-    """-> a square PIL image in `mode`, or in RGBA where it has transparency."""
+def open_picture(path, mode, square=True):
+    """-> a PIL image in `mode`, or in RGBA where it has transparency; it must be square, unless said."""
     try:
         if not path.is_file():
-            raise UserError(f"{path} is not there")
+            raise UserError(f"{path} is no file" if path.exists() else f"{path} is not there")
         with Image.open(path, formats=["PNG", "JPEG"]) as image:
-            square = image.width == image.height <= 8192                # looked at before anything is decoded
+            # Its size is looked at before anything is decoded
+            fits = max(image.size) <= 8192 and (image.width == image.height or not square)
             transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
-            picture = as_8bit(image, "RGBA" if transparent else mode) if square else None
+            picture = as_8bit(image, "RGBA" if transparent else mode) if fits else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read ({error})") from None
-    if not square:
+    if not fits:
         raise UserError(f"{path} is {image.width} x {image.height}: "
-                        "square photos of at most 8192 pixels a side are wanted")
+                        f"{'square ' if square else ''}photos of at most 8192 pixels a side are wanted")
     return picture
+
+
+def on_white(image):
+    """-> a PIL image in RGB on white, and its alpha channel or None"""
+    if image.mode != "RGBA":
+        return image, None
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB"), image.getchannel("A")
 
 
 def read_photo(path, size):
     """-> (H,W,3) on white, the alpha channel (H,W) where there is one, and the side in pixels
     as it stands in the file"""
-    image, alpha = open_picture(path, "RGB"), None
-    if image.mode == "RGBA":
-        alpha = np.array(resize(image.getchannel("A"), size))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.array(resize(image, size)), alpha, image.width
+    image, alpha = on_white(open_picture(path, "RGB"))
+    return np.array(resize(image, size)), alpha and np.array(resize(alpha, size)), image.width
 
 
 def read_mask(path, size):
     return np.array(resize(open_picture(path, "L").convert("L"), size))
+
+
+WHITE = 240              # JPEG's white is not quite white: from here up a colour is the background's
+
+
+def check_border(rgb, mask, path):
+    """rgb (H,W,3), mask (H,W) or None, arrays: a background that is not white would train in silence, and the
+    model would paint a box around the object"""
+    # The outermost pixels, without those that the mask gives to the object.  If most of them are coloured, it
+    # is not the object that reaches them
+    edge = np.ones(rgb.shape[:2], bool)
+    edge[1:-1, 1:-1] = False
+    border = rgb[edge & (mask == 0) if mask is not None else edge]
+    if len(border) and (border < WHITE).any(-1).mean() > 0.5:
+        colour = " ".join(str(int(c)) for c in np.median(border, 0))
+        raise UserError(f"{path}: its border has the colour {colour} (red, green, blue), and a white "
+                        "background (255 255 255) or an alpha channel is wanted")
+
+
+def check_views(rgb, mask, poses, K, paths):
+    """The views of one object: rgb (V,H,W,3), mask (V,H,W) or None, poses (V,4,4), K (3,3), arrays.  If the
+    cameras stand too far away, or the object is not in the middle, it lies where no volume is."""
+    seen = mask > 127 if mask is not None else (rgb < WHITE).any(-1)                   # (V,H,W)
+    if not seen.any():
+        why = "they are all white" if mask is None else "all masks are empty"
+        raise UserError(f"{paths[0].parent.parent}: the photos show no object: {why}")
+    for k, path in enumerate(paths):
+        check_border(rgb[k], None if mask is None else mask[k], path)
+        y, x = np.nonzero(seen[k])
+        few = slice(None, None, len(x) // 500 + 1)                                     # they are enough
+        pixel = np.stack([x[few] + 0.5, y[few] + 0.5, np.ones(len(x[few]))])           # (3,N)
+        rays = np.linalg.solve(K, pixel).T @ poses[k, :3, :3].T + 1e-9                 # (N,3); + : never 0
+        # A ray is in the cube from the last of its entries into the three pairs of faces to the first exit
+        faces = (np.array([[[-0.5]], [[0.5]]]) - poses[k, :3, 3]) / rays               # (2,N,3)
+        entry, leave = faces.min(0).max(-1), faces.max(0).min(-1)
+        missed = (entry > leave) | (leave < 0)
+        if len(x) and missed.mean() > 0.2:
+            raise UserError(f"{path}: {missed.mean():.0%} of the object's pixels look past the cube "
+                            "[-0.5, 0.5]^3: is the camera too far away, or the object not in the middle?  "
+                            "python -m shapes.photos convert finds the object, and scales it")
 
 
 def resize(image, size):
@@ -320,17 +392,46 @@ class Photos:
 
 
 def read_photos(folder, size, objects=0):
-    """The first `objects` of a folder, or all"""
-    return Photos(*load_photos(folder, size, objects))
+    """The first `objects` of a folder, or all; what they show is checked too"""
+    photos, masks, poses, intrinsics, names = load_photos(folder, size, objects)
+    for o, name in enumerate(names):
+        mask = None if masks is None else masks[o].numpy()
+        check_views(photos[o].numpy(), mask, poses[o].numpy(), intrinsics[o].numpy(),
+                    pictures_of(Path(folder, name)))
+    return Photos(photos, masks, poses, intrinsics, names)
 
 
 def kinds_of(folder, names):
     """A label for each object where the data has one: our earphones' kind"""
-    kinds = []
-    for name in names:
+    # Our own photos may not be there, as with the model in the box.  Their names give the kinds too
+    ours = [re.fullmatch(r"(train|val|test)_(\d{5})", name) for name in names]
+    if not os.path.exists(folder) and Path(folder).name.startswith("earphones_") and all(ours):
+        return [draw_factors(one[1], int(one[2]))["kind"] for one in ours]
+    kinds, broken = [], []
+    for path in [Path(folder, name, "factors.json") for name in names]:
+        kind = "objects"
         try:
-            kind = str(json.loads(Path(folder, name, "factors.json").read_text())["kind"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):       # not ours, or broken
+            if os.path.lexists(path):                                        # foreign data has none
+                kind = json.loads(read_small(path))["kind"]
+                if not isinstance(kind, str) or not kind.isprintable():
+                    raise ValueError
+        except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError):
             kind = "objects"
-        kinds.append(kind if kind.isprintable() else "objects")
+            broken.append(path)
+        kinds.append(kind)
+    if broken:
+        others = f", nor in {len(broken) - 1} others" if broken[1:] else ""
+        say_once(f"no kind of object can be read in {broken[0]}{others}: counted as \"objects\"")
     return kinds
+
+
+@functools.cache                                 # of the same text: some programs ask for the kinds twice
+def say_once(text):
+    print(plain(text))
+
+
+if __name__ == "__main__":
+    from shapes import convert                   # here, because it imports this module
+    if sys.argv[1:2] != ["convert"]:
+        raise UserError("python -m shapes.photos convert SRC DST is wanted")
+    command(lambda: convert.main(sys.argv[2:]))

@@ -206,7 +206,7 @@ def pytorch3d():
         from pytorch3d.structures import Meshes
     except ImportError as error:
         raise UserError(f"--renderer pytorch3d: PyTorch3D cannot be imported ({error}). "
-                        "It has no wheel for today's Pythons: build it as its INSTALL.md says, "
+                        "In an environment of its own: pip install -r requirements-pytorch3d.txt; "
                         "or leave the flag out, the default renderer needs nothing") from None
     return MeshRasterizer, PerspectiveCameras, RasterizationSettings, Meshes
 
