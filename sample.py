@@ -24,7 +24,7 @@ in   runs/diffusion/last.pt and the autodecoder it was trained on; without them 
 out  samples/     viewer.html (open it in a browser), sheet.png, swaps.png (the training objects' shapes in
                   each other's colours), figure3.png, report.txt, report.json;
                   beside.png (yours above those of the model in pretrained/, once you have trained);
-                  views/: for each sample its views, their cameras in the SRN layout, and mesh.glb
+                  views/: for each sample its views, their cameras in the SRN layout, mesh.glb and mesh.ply
 run  python sample.py                                 half a minute on two cores
      python sample.py --count 64 --seed 1000 --views 0
      python sample.py --shape_of 3 --out samples/one_shape       seed 3's shape in eight colours
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from autodecoder import load_autodecoder
 from common import (Run, UserError, command, grid, intrinsics_at, parse_config, pick_device, save_picture,
                     save_preview, save_text, to_bytes)
 from diffusion import latents_of, load_denoiser, nearest, recombined
@@ -121,7 +122,7 @@ def code_of(name, model, names, denoiser, config):
     """A training object's code, by its name; or a sample's, by its seed -> (W,)"""
     if name in names:
         return model.codes[names.index(name)]
-    if name.isdecimal():
+    if name.isdecimal() and len(name) < 13:
         return draw_samples(denoiser, [int(name)], config.steps, config.sampler)[0]
     near = difflib.get_close_matches(name, names, 3, 0) or names[:3]
     raise UserError(f"{name} is no training object and no seed; {', '.join(near)} are training objects")
@@ -197,14 +198,23 @@ def contact_sheet(views, rows, seeds, trained, names):
         pictures = [*rgb[k], depth_picture(depth[k, 0], alpha[k, 0]),
                     *trained[0][row["nearest"], 0], *trained[0][by_picture, 0]]
         captions = [f"seed {seeds[k]}", "", "", "", f"outside {row['outside']:.2f}"]
-        captions += [f"{names[o][:14]} {d:.0f}" for o, d in zip(row["nearest"], row["distances"])]
-        captions += [f"{names[o][:14]} {apart[k, o]:.3f}" for o in by_picture]
+        captions += [short(pen, names[o], f"{d:.0f}") for o, d in zip(row["nearest"], row["distances"])]
+        captions += [short(pen, names[o], f"{apart[k, o]:.3f}") for o in by_picture]
         for column, (picture, caption) in enumerate(zip(pictures, captions)):
             x, y = column * (tile + gap), strip + k * height
             pixels = to_bytes(picture).numpy()
             sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.NEAREST), (x, y))
             pen.text((x + 2, y + tile), caption, fill="black")
     return np.asarray(sheet)
+
+
+def short(pen, name, number, width=2 * SIZE):
+    """A caption that fits below a tile: the name is cut, the number is not"""
+    caption = f"{name} {number}"
+    while pen.textlength(caption) > width and name:
+        name = name[:-1]
+        caption = f"{name}.. {number}"
+    return caption
 
 
 def swaps(model, rows=6, columns=8):
@@ -305,9 +315,11 @@ def main(argv=None):
     save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, names))
     save_picture(out / "swaps.png", swaps(model))
 
-    # Those who have trained a model want to see whether it is as good as the one in the box
+    # Those who have trained a model on the same objects want to see whether it is as good as the one in the
+    # box.  Beside other objects' samples the box's would mean nothing
     own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
     own = own and not BOX.samefile(Path(config.diffusion).parent)
+    own = own and set(names) <= set(load_autodecoder(BOX / "autodecoder")[1])
     if own:
         save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
 
@@ -329,7 +341,7 @@ def main(argv=None):
     write_gallery(out / "viewer.html", model, names, latents[:8], [f"seed {seed}" for seed in seeds[:8]],
                   denoiser, (config.seed, config.seed + 1), steps=config.steps, sampler=config.sampler)
     print(f"wrote {out}: sheet.png, swaps.png, report.txt, report.json, viewer.html"
-          + ", figure3.png, views/ (and in them mesh.glb)" * (config.views > 0) + ", beside.png" * own)
+          + ", figure3.png, views/ (with meshes)" * (config.views > 0) + ", beside.png" * own)
     run.lock.close()
 
 

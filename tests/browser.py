@@ -72,12 +72,12 @@ class Browser:
                   mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url="about:blank")                 # so that another fragment is a new page
-        self.loaded = False
-        self.call("Page.navigate", url=url)
         until = time.monotonic() + 240
-        while not self.loaded:
-            self.message(until)
+        for address in ("about:blank", url):                          # so that another fragment is a new page
+            self.loaded = False
+            self.call("Page.navigate", url=address)
+            while not self.loaded:
+                self.message(until)
 
     def run(self, expression):
         """JavaScript -> its value; a promise is waited for."""

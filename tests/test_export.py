@@ -1,5 +1,5 @@
-"""Meshes against geometry that is known, GLB files against glTF's rules and another reader, and the page in a
-real browser against volume_render.py."""
+"""Meshes against geometry that is known, GLB and PLY files against their rules and another reader, and the
+page in a real browser against volume_render.py."""
 import base64
 import io
 import json
@@ -22,6 +22,7 @@ import viewer.page as viewer
 import test_diffusion
 import volume_render
 from common import UserError, camera_to_world_at
+from shapes.earphones import KINDS
 from volume_render import ANGLES, camera_rays, headphones, render, voxel_field
 
 needs_chromium = pytest.mark.skipif(not browser.find(),
@@ -202,6 +203,40 @@ def test_another_reader_agrees(glb):
     assert np.array_equal(colours, named["COLOR_0"]) and np.ptp(colours[:, 0].astype(int)) > 60_000
 
 
+def read_ply(path):
+    """-> points and triangles as the header declares them; nothing may be left over"""
+    header, rest = path.read_bytes().split(b"end_header\n", 1)
+    lines = header.decode("ascii").splitlines()
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
+    counts = [int(line.split()[2]) for line in lines if line.startswith("element")]
+    kinds = {"float": "<f4", "uchar": "u1", "int": "<i4"}
+    scalars = [line.split()[1:] for line in lines if line.startswith("property") and "list" not in line]
+    assert "property list uchar int vertex_indices" in lines
+    point = np.dtype([(name, kinds[kind]) for kind, name in scalars])
+    triangle = np.dtype([("count", "u1"), ("corners", "<i4", 3)])
+    assert len(rest) == counts[0] * point.itemsize + counts[1] * triangle.itemsize
+    triangles = np.frombuffer(rest, triangle, counts[1], counts[0] * point.itemsize)
+    assert (triangles["count"] == 3).all()
+    return np.frombuffer(rest, point, counts[0]), triangles["corners"]
+
+
+def test_a_ply_lies_beside_the_glb_in_the_worlds_axes_and_a_screens_colours(glb):
+    points, triangles = read_ply(glb.with_suffix(".ply"))
+    vertices, faces, normals, colours = isosurface.mesh_of(Volumes(), ball(), 40)
+    assert np.array_equal(triangles, faces.numpy())
+    column = lambda *names: torch.tensor(np.stack([points[name] for name in names], 1))
+    assert torch.equal(column("x", "y", "z"), vertices) and torch.equal(column("nx", "ny", "nz"), normals)
+    assert (column("red", "green", "blue") / 255 - colours).abs().max() <= 0.51 / 255
+
+
+def test_another_reader_keeps_the_plys_colours(glb):
+    trimesh = pytest.importorskip("trimesh")
+    mesh = trimesh.load(glb.with_suffix(".ply"), process=False)
+    assert mesh.is_watertight and mesh.visual.kind == "vertex"
+    points, _ = read_ply(glb.with_suffix(".ply"))
+    assert np.array_equal(mesh.visual.vertex_colors[:, 0], points["red"]) and np.ptp(points["red"]) > 200
+
+
 # ---- what the page stores ----
 
 def phones(n=32):
@@ -231,7 +266,8 @@ def write_page(path, volumes, times=1):
     labels = [f"object {k}" for k in range(len(volumes))]
     objects = viewer.page_objects(Volumes(), volumes, labels, ["<b>note</b>"] * len(labels)) * times
     objects = [{**one, "beside": len(objects) - 1} for one in objects]
-    sets = [("One", "all", list(range(len(objects)))), ("Other", "the last", [len(objects) - 1])]
+    last = [len(objects) - 1]
+    sets = [("One", "all", "Near", list(range(len(objects)))), ("Other", "the last", "Far", last)]
     viewer.write_page(path, "</script> & title", "about", sets, objects, 96)
     return path
 
@@ -272,7 +308,12 @@ def chromium(tmp_path_factory):
 SETTLED = ("new Promise(go => {{ const busy = () => dirty || frame.coarse || performance.now() - moved < 200;"
            "const look = () => busy() ? requestAnimationFrame(look) : go({});"
            "requestAnimationFrame(look); }})")
-BEGIN = "set({...HOME, set: 0, frame: 0, mode: 0, density: 1, steps: 16, axis: 0, clip: 0})"
+BEGIN = "set({...START, set: 0, frame: 0, all: 0, steps: 16})"
+
+
+# A still is read before it is drawn
+LOADED = ("new Promise(go => { const look = () => !dirty && shown().picture?.complete ? go(1) : "
+          "requestAnimationFrame(look); look(); })")
 
 
 def picture(chromium, canvas="view"):
@@ -283,7 +324,9 @@ def picture(chromium, canvas="view"):
 
 
 def opened(chromium, page, fragment="", **options):
-    chromium.open(page[0].as_uri() + "#" + fragment, **{"width": 860, "height": 430, **options})
+    """On one object: the first, if the fragment names no other"""
+    fragment = f"frame=0&{fragment}" if "frame=" not in fragment else fragment
+    chromium.open(page[0].as_uri() + "#" + fragment, **{"width": 860, "height": 570, **options})
     return picture(chromium)
 
 
@@ -358,13 +401,15 @@ def test_every_key_changes_the_picture_and_back(chromium, page):
     before = opened(chromium, page, "steps=16")
     off = lambda: (picture(chromium) - before).abs()
     for key, back in (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"), ("+", "-"), ("2", "1"),
-                      ("3", "1"), ("4", "1"), (".", ","), (",", "."), ("+", "r")):
+                      ("3", "1"), ("4", "1"), (".", ","), (",", ".")):
         chromium.key(key)
         assert off().mean() > 1e-3, key
         chromium.key(back)
         assert off().max() < 2 / 255, back
     chromium.key("ArrowRight", modifiers=8)                                        # with shift it moves
     assert off().mean() > 1e-3 and chromium.run("state.azimuth") == 215
+    chromium.key("r")
+    assert chromium.run("[state.x, state.y, state.z, state.steps]") == [0, 0, 0, 96]
 
 
 @needs_chromium
@@ -408,8 +453,11 @@ def test_it_plays_and_turns(chromium, page):
     assert chromium.run("document.getElementById('note').textContent") == "<b>note</b>"
 
 
+PHONES = [(390, 844), (320, 600), (844, 390)]
+
+
 @needs_chromium
-@pytest.mark.parametrize("width, height", [(1280, 860), (390, 844), (320, 600)])
+@pytest.mark.parametrize("width, height", [(1280, 860), *PHONES])
 def test_it_fits_the_screen(chromium, page, width, height):
     colours = {}
     for dark in (False, True):
@@ -419,11 +467,193 @@ def test_it_fits_the_screen(chromium, page, width, height):
                              "b.offsetHeight < 22 || b.offsetWidth < 18 || b.scrollWidth > b.offsetWidth + 1"
                              ")).map(b => b.textContent)")
         assert small == []
-        box = chromium.run("(() => { const b = document.querySelector('.stage').getBoundingClientRect();"
-                           "return [b.top, b.bottom]; })()")
-        assert box[1] <= height and box[1] - box[0] > 250                          # the object is in sight
+        box = rectangle(chromium, ".stage")
+        assert box["bottom"] <= height and box["height"] > 250                     # the object is in sight
         colours[dark] = seen[0, 0].mean()
     assert colours[False] == 1 and colours[True] < 0.4
+    assert not chromium.errors
+
+
+def rectangle(chromium, selector):
+    return chromium.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width, height", PHONES)
+def test_a_phones_controls_suit_a_finger_and_the_stage_stays_in_sight(chromium, page, width, height):
+    opened(chromium, page, "steps=8", width=width, height=height, mobile=True)
+    small = chromium.run("[...document.querySelectorAll('button, input')].filter(e => e.offsetParent && "
+                         "(e.offsetHeight < 44 || e.offsetWidth < 44)).map(e => e.id + e.textContent)")
+    assert small == []
+    for selector in ("#density", "#steps", "#clip", "#glb"):               # whole, and not one over the other
+        chromium.run(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
+        stage, control = rectangle(chromium, ".stage"), rectangle(chromium, selector)
+        assert stage["top"] >= 0 and stage["bottom"] <= height and control["bottom"] <= height
+        assert control["top"] >= stage["bottom"] or control["left"] >= stage["right"], selector
+    # A finger that begins beside or below the stage scrolls the page
+    free = chromium.run("[...document.querySelectorAll('body, nav, aside')]"
+                        ".map(e => getComputedStyle(e).touchAction)")
+    assert set(free) == {"auto"}
+    assert width - stage["width"] >= 200 or height - stage["height"] >= 200
+
+
+@needs_chromium
+def test_each_slider_has_its_words(chromium, page):
+    opened(chromium, page, "steps=16")
+    labels = "[...document.querySelectorAll('label')]"
+    words = dict(chromium.run(f"{labels}.map(e => [e.textContent, e.control.id])"))
+    assert words == {"Density": "density", "Steps along a ray": "steps", "Cut away": "clip"}
+    assert not chromium.run("document.querySelectorAll('label button').length")
+    chromium.call("Accessibility.enable")
+    nodes = chromium.call("Accessibility.getFullAXTree")["nodes"]
+    role = lambda node: node.get("role", {}).get("value")
+    sliders = [node["name"]["value"] for node in nodes if role(node) == "slider"]
+    assert sliders == list(words)
+    chromium.call("Accessibility.disable")
+    chromium.run("set({axis: 2})")
+    click(chromium, "label[for=clip]")
+    assert chromium.run("[state.axis, document.activeElement.id]") == [2, "clip"]
+
+
+@needs_chromium
+def test_a_lost_context_shows_stills_and_then_comes_back(chromium, page):
+    opened(chromium, page, "frame=0&steps=16")
+    chromium.run("window.lose = gl.getExtension('WEBGL_lose_context'); lose.loseContext();"
+                 "new Promise(go => setTimeout(go, 100))")
+    pictures = []
+    for frame in (2, 0):
+        chromium.run(f"set({{frame: {frame}}})")
+        chromium.run(LOADED)
+        pictures.append(picture(chromium))
+        assert chromium.run("$('label').textContent") == f"object {frame}"
+    assert (pictures[0] - pictures[1]).abs().mean() > 1e-3
+    assert "taken the graphics card" in chromium.run("document.querySelector('.notice').innerText")
+    chromium.run("set({frame: 2}); new Promise(go => { lose.restoreContext();"
+                 "glass.addEventListener('webglcontextrestored', () => go(1)); })")
+    seen = picture(chromium)
+    ours, _ = expected(page[1][2], seen.shape, *ANGLES[0], 1.3, 16)
+    assert (seen - ours).abs().mean() < 1 / 255
+    assert chromium.run("!$('notice').textContent && !$('controls').disabled")
+
+
+@needs_chromium
+def test_long_names_stay_in_their_place(chromium, page):
+    for width in (1280, 390):
+        opened(chromium, page, "steps=8", width=width, height=844)
+        name = "10155655850468db78d106ce0a280f87"
+        chromium.run(f"data.objects.forEach(o => o.label = '{name}'); fill(); show()")
+        wide = chromium.run("['#strip button', '.beside b', '.beside', '.caption h2'].filter(s => {"
+                            "const e = document.querySelector(s), box = e.getBoundingClientRect();"
+                            "return e.scrollWidth > e.clientWidth + 1 || box.right > innerWidth; })")
+        assert wide == [] and chromium.run("document.documentElement.scrollWidth") <= width
+        span = "getComputedStyle(document.querySelector('#strip span'))"
+        assert chromium.run(f"{span}.textOverflow") == "ellipsis"
+        assert chromium.run("document.querySelector('#strip button').title.length") == 32
+
+
+def light(rgb):
+    return (isosurface.linear(rgb) * torch.tensor([0.2126, 0.7152, 0.0722])).sum(-1)
+
+
+@needs_chromium
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844), (844, 390)])
+def test_the_note_can_be_read_in_the_dark_and_in_the_light(chromium, page, width, height):
+    for dark in (False, True):
+        seen = opened(chromium, page, "distance=4&x=0.6&steps=8", width=width, height=height, dark=dark)
+        chromium.run("$('note').textContent = '112 from the nearest training latent; '.repeat(2)")
+        note, stage = rectangle(chromium, "#note"), rectangle(chromium, ".stage")
+        x, y = int(note["left"] - stage["left"]), int(note["top"] - stage["top"])
+        ground = light(seen[y:y + int(note["height"]), x:x + int(note["width"])])
+        colour = chromium.run("getComputedStyle($('note')).color.match(/\\d+/g).map(Number)")
+        ink = light(torch.tensor(colour) / 255)
+        contrast = (torch.maximum(ground, ink) + 0.05) / (torch.minimum(ground, ink) + 0.05)
+        assert contrast.min() >= 4.5, (dark, contrast.min())
+
+
+@needs_chromium
+def test_reset_restores_all_that_can_be_set(chromium, page):
+    opened(chromium, page, "frame=1&steps=8")
+    chromium.run("set({azimuth: 10, elevation: 5, distance: 2, x: 0.1, mode: 3, density: 3, steps: 40, "
+                 "axis: 2, clip: 0.4}); turning = true")
+    click(chromium, "#reset")
+    assert chromium.run("Object.keys(START).filter(name => state[name] !== START[name])") == []
+    assert chromium.run("[state.frame, turning, +$('steps').value, +$('clip').value]") == [1, False, 96, 0]
+
+
+@needs_chromium
+@pytest.mark.parametrize("fragment, state", [
+    ("frame=-1", dict(frame=0)), ("frame=1.5", dict(frame=2)),
+    ("set=-1&frame=1", dict(set=0, frame=1)), ("set=0.6&frame=0", dict(set=1)),
+    ("clip=5&steps=1e9&density=0", dict(clip=1, steps=256, density=0.01)),
+    ("mode=7&axis=-2&elevation=500", dict(mode=3, axis=0, elevation=89.9)),
+    ("distance=0&x=9", dict(distance=0.25, x=0.6)),
+    ("frame=0&clip=nan&steps=&azimuth=Infinity", dict(clip=0, steps=96, azimuth=215))])
+def test_what_the_address_asks_is_brought_within_bounds(chromium, page, fragment, state):
+    chromium.open(page[0].as_uri() + "#" + fragment, width=320, height=600)
+    assert chromium.run(f"(({{{', '.join(state)}}}) => ({{{', '.join(state)}}}))(state)") == state
+    assert chromium.run("$('clip-is').textContent") in ("0 %", "100 %")
+    assert chromium.run("$('label').textContent") and not chromium.errors
+
+
+@needs_chromium
+def test_it_opens_on_all_of_them_turning(chromium, page):
+    look = "new Promise(go => setTimeout(() => go([state.all, turning, state.azimuth]), 300))"
+    chromium.open(page[0].as_uri(), width=860, height=570)
+    everything, turning, azimuth = chromium.run(look)
+    assert everything and turning and azimuth > 215
+    tiles = "[...document.querySelectorAll('#tiles button')].map(b => b.offsetParent && b.textContent)"
+    assert chromium.run(tiles) == ["object 0", "object 1", "object 2"]
+    chromium.run("turning = false; set({...HOME, steps: 24})")
+    chromium.run(SETTLED.format("1"))
+    chromium.run("document.querySelectorAll('#tiles canvas').forEach((e, k) => e.id = 'tile-' + k)")
+    for k in range(3):                                                     # each tile shows its own object
+        seen = picture(chromium, f"tile-{k}")
+        ours, _ = expected(page[1][k], seen.shape, *ANGLES[0], 1.3, 24)
+        assert (seen - ours).abs().mean() < 1 / 255
+    click(chromium, "#tiles button:nth-child(2)")                          # a click opens one, and stops it
+    assert chromium.run("[state.all, state.frame, turning, $('tiles').hidden, $('label').textContent]") == \
+        [0, 1, False, True, "object 1"]
+    chromium.key("g")
+    assert chromium.run("[state.all, $('view').hidden]") == [1, True]
+    opened(chromium, page, "frame=2")
+    assert chromium.run(look) == [0, False, 215] and not chromium.errors
+
+
+@needs_chromium
+def test_the_page_saves_a_mesh_and_a_picture(chromium, page, tmp_path):
+    opened(chromium, page, "frame=1&steps=16")
+    chromium.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for kind in ("glb", "png"):
+        click(chromium, f"#{kind}")
+        file = tmp_path / f"object_1.{kind}"
+        for _ in range(200):
+            if not file.exists():
+                chromium.run("new Promise(go => setTimeout(go, 50))")
+    saved = np.asarray(Image.open(tmp_path / "object_1.png").convert("RGB")) / 255
+    assert np.abs(saved - picture(chromium).numpy()).max() < 1 / 255
+
+    # The same mesh as isosurface.py's: of the very bytes that the page has; nearly, of the volume itself
+    _, named, indices = read_glb(tmp_path / "object_1.glb")
+    position = torch.from_numpy(named["POSITION"].copy())
+    faces = torch.from_numpy(indices.astype(np.int64)).view(-1, 3)
+    assert closed(faces)
+    content = page_content(page[0])["objects"][1]
+    stored = viewer.unpack(content)[None] / torch.tensor([autodecoder.GAIN, 1, 1, 1]).view(4, 1, 1, 1)
+    upright = lambda v: torch.stack([v[:, 0], v[:, 2], -v[:, 1]], 1)
+    for volume, tolerance, share in ((stored, 1e-4, 1e-3), (page[1][1:2], 0.1 / 64, 0.01)):
+        vertices, theirs, *_ = isosurface.mesh_of(Volumes(), volume, 64)
+        assert abs(len(vertices) - len(position)) <= share * len(position)
+        assert abs(len(theirs) - len(faces)) <= share * len(faces)
+        for end in ("amin", "amax"):
+            assert (getattr(upright(vertices), end)(0) - getattr(position, end)(0)).abs().max() < tolerance
+        assert abs(volume_within(position, faces) / volume_within(upright(vertices), theirs) - 1) < share
+    vertices, _, normals, colours = isosurface.mesh_of(Volumes(), stored, 64)
+    some = torch.arange(0, len(position), 37)
+    apart, same = torch.cdist(position[some].double(), upright(vertices).double()).min(1)
+    assert apart.max() < 1e-5
+    assert (torch.from_numpy(named["NORMAL"].copy())[some] * upright(normals)[same]).sum(1).mean() > 0.99
+    shade = torch.from_numpy(named["COLOR_0"][:, :3].copy())[some] / 65535
+    assert (shade - isosurface.linear(colours)[same]).abs().mean() < 0.01
     assert not chromium.errors
 
 
@@ -432,13 +662,15 @@ def test_without_webgl2_it_says_so_and_shows_the_still(chromium, page):
     script = ("const canvas = HTMLCanvasElement.prototype, real = canvas.getContext; canvas.getContext = "
               "function (kind, ...more) { return kind === 'webgl2' ? null : real.call(this, kind, ...more) }")
     added = chromium.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
-    chromium.open(page[0].as_uri())
+    chromium.open(page[0].as_uri() + "#frame=0")
     chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added)
     assert "WebGL2" in chromium.run("document.querySelector('.notice').innerText")
-    first = chromium.run("document.getElementById('view').src")
-    assert chromium.run("$('view').decode().then(() => $('view').naturalWidth)") == 192
+    chromium.run(LOADED)
+    before = picture(chromium)
     click(chromium, "#strip button:nth-child(2)")
-    assert chromium.run("document.getElementById('view').src") != first and not chromium.errors
+    chromium.run(LOADED)
+    assert (before < 1).any() and (picture(chromium) - before).abs().mean() > 1e-3
+    assert not chromium.errors
 
 
 # ---- samples, and a run of it all ----
@@ -466,20 +698,49 @@ def page_content(path):
 
 def test_all_of_it(trained, diffused, tmp_path, capsys):
     (tmp_path / "e/seed_000007").mkdir(parents=True)
-    (tmp_path / "e/seed_000007/mesh.glb").write_text("an earlier model's")
+    for kind in ("glb", "ply"):
+        (tmp_path / f"e/seed_000007/mesh.{kind}").write_text("an earlier model's")
     stage.main(["--diffusion", str(diffused), "--count", "2", "--interpolate", "5", "9", "--sheet", "3",
                 "--frames", "4", "--size", "32", "--steps", "4", "--level", "1", "--resolution", "24",
                 "--out", str(tmp_path / "e")])
     for name in ("viewer.html", "sheet.png", "denoise.png", "walk.png"):
         assert (tmp_path / "e" / name).exists(), name
-    assert not (tmp_path / "e/seed_000007/mesh.glb").exists()
+    assert not list((tmp_path / "e/seed_000007").iterdir())
     assert Image.open(tmp_path / "e/turntable.webp").n_frames == 4
     assert Image.open(tmp_path / "e/turntable.gif").n_frames == 2
     content = page_content(tmp_path / "e/viewer.html")
-    assert [len(some["objects"]) for some in content["sets"]] == [2, 4 + 1, 8]
+    assert [len(some["objects"]) for some in content["sets"]] == [2, 4 + 1, 8, 3]
     assert content["sets"][2]["about"].count("5") and content["sets"][2]["about"].count("9")
-    assert {content["objects"][content["objects"][k]["beside"]]["label"] for k in range(15)} <= \
+    assert {content["objects"][content["objects"][k]["beside"]]["label"] for k in range(18)} <= \
         set(autodecoder.load_autodecoder(trained)[1])
+    # The colours' row: beside each stands the object whose colours it has, and that object's kind
+    colours = [content["objects"][k] for k in content["sets"][3]["objects"]]
+    beside = [content["objects"][one["beside"]] for one in colours]
+    assert [one["label"] for one in colours] == [one["label"] for one in beside]
+    assert "seed 5" in content["sets"][3]["about"] and "seed 5" in colours[0]["note"]
+    assert {one["note"] for one in beside} <= set(KINDS)
+
+
+def test_the_colours_row_has_one_shape_and_each_objects_colours(trained, diffused):
+    model, names, denoiser = diffusion.load_denoiser(diffused)
+    code = diffusion.sample(denoiser, [5], 4)[0]
+    said, whose, latents = viewer.palette(model, names, "", denoiser, (5, 9), steps=4)
+    assert said == "seed 5" and whose == [0, 1, 2]
+    wide = model.shapes.shape[1]
+    for o, latent in zip(whose, latents):
+        mixed = torch.cat([code[:wide], model.colours[o], code[-3:]])
+        assert torch.allclose(diffusion.latents_of(model, mixed[None])[0], latent, atol=1e-5)
+    said, _, latents = viewer.palette(model, names, names[1], None, None)          # of a reconstruction
+    assert said == names[1]
+    assert torch.allclose(latents[1], diffusion.latents_of(model, model.codes)[1], atol=1e-5)
+
+
+def test_no_kind_is_named_where_none_is_known(trained, diffused, monkeypatch):
+    model, names, denoiser = diffusion.load_denoiser(diffused)
+    monkeypatch.setattr(viewer, "kinds_of", lambda folder, names: ["objects", "over-ear", "objects"])
+    _, objects = viewer.gallery(model, names, diffusion.latents_of(model, model.codes), names)
+    notes = {one["label"]: one["note"] for one in objects if "beside" not in one}
+    assert notes == dict(zip(names, ["", "over-ear", ""]))
 
 
 def test_reconstructions(trained, tmp_path):

@@ -4,7 +4,7 @@ After stage 3: things to look at and to take away.  Volumes become meshes that o
 
 in   runs/diffusion and its autodecoder; or with --reconstruct the autodecoder alone
 out  export/     viewer.html (open it in a browser), turntable.webp and .gif, sheet.png, denoise.png,
-                 walk.png; and for each object <name>/mesh.glb, a mesh with colours (glTF 2.0)
+                 walk.png; and for each object <name>/mesh.glb and mesh.ply, a mesh with colours
 run  python -m viewer.export                          eight samples and all of the above: 18 s on one core
      python -m viewer.export --interpolate 3 12              walks from seed 3 to seed 12
      python -m viewer.export --reconstruct train_00001 --out export/train_00001
@@ -36,7 +36,7 @@ class Config:
     count: int = 8                       # how many samples, on the page and as meshes (at least 1)
     seed: int = 0                        # sample k comes from seed + k alone
     steps: int = 0                       # of the sampler; 0: its usual number
-    interpolate: tuple = ()              # two seeds to walk between; by default the first two samples'
+    interpolate: tuple = ()              # seeds to walk between; else the first two (from 0 to 1000000000000)
     sheet: int = 60                      # samples on the contact sheet; 0: none
     resolution: int = 64                 # grid points along a side that the mesh is made from (at least 8)
     level: float = LEVEL                 # the density of the surface (at least 1)
@@ -107,7 +107,7 @@ def main(argv=None):
     # A training object's folder has its own name, a sample's that of its seed.  An earlier model's samples
     # must not stay beside the new
     folders = labels if config.reconstruct else [f"seed_{seed:06d}" for seed in seeds]
-    for old in out.glob("seed_*/mesh.glb") if not config.reconstruct else ():
+    for old in out.glob("seed_*/mesh.*") if not config.reconstruct else ():
         old.unlink()
     pair = config.interpolate or (config.seed, config.seed + 1)
 

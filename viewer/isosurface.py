@@ -10,18 +10,19 @@ is taken to be linear, and its zeros are a triangle or two.  A tetrahedron has f
 outside: 16 cases, where a cube has 256, some of them ambiguous.  Neighbours share whole faces: no holes.
 
 in   a volume of the decoder's
-out  mesh.glb: vertices, faces, normals and colours, as binary glTF 2.0
-read marching_tetrahedra, mesh_of, seen_colours, write_glb.
+out  mesh.glb: vertices, faces, normals and colours, as binary glTF 2.0; mesh.ply: the same, as binary PLY
+read marching_tetrahedra, mesh_of, seen_colours, write_glb, write_ply.
 """
 import itertools
 import json
 import struct
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from autodecoder import GAIN
-from common import atomic_file
+from common import atomic_file, to_bytes
 from volume_render import composite, lookup
 
 LEVEL = 20.0                         # the density of the surface: 1/30 of the cube of it halves the light
@@ -126,7 +127,7 @@ def seen_colours(model, volume, points, normals, bins=8):
     return (rgb / alpha.clamp(min=1e-3)[..., None])[0].clamp(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------------------------ the files
 
 def write_glb(path, vertices, faces, normals, colours):
     """A binary glTF 2.0: one mesh, unlit, since its colours already are what photos showed.  glTF wants +Y
@@ -164,12 +165,30 @@ def linear(srgb):
     return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
+def write_ply(path, vertices, faces, normals, colours):
+    """A binary PLY, for programs that lose a GLB's colours.  PLY has no rule for axes and colours: here they
+    are the world's (Z up) and as screens take them, in 8 bits."""
+    point = [(name, "<f4") for name in ("x", "y", "z", "nx", "ny", "nz")]
+    points = np.empty(len(vertices), point + [(name, "u1") for name in ("red", "green", "blue")])
+    for name, column in zip(points.dtype.names, torch.cat([vertices, normals, to_bytes(colours)], 1).cpu().T):
+        points[name] = column
+    triangles = np.empty(len(faces), [("count", "u1"), ("corners", "<i4", 3)])
+    triangles["count"], triangles["corners"] = 3, faces.cpu()
+    words = {"<f4": "float", "|u1": "uchar"}
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}",
+              *(f"property {words[kind]} {name}" for name, kind in points.dtype.descr),
+              f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header\n"]
+    with atomic_file(path) as temporary:
+        temporary.write_bytes("\n".join(header).encode() + points.tobytes() + triangles.tobytes())
+
+
 @torch.no_grad()
 def write_mesh(path, model, latent, resolution=64, level=LEVEL):
-    """-> whether there was anything to write"""
+    """mesh.glb, and mesh.ply beside it -> whether there was anything to write"""
     vertices, faces, normals, colours = mesh_of(model, model.to_volume(latent[None]), resolution, level)
     if len(faces) == 0:                          # glTF allows no mesh of nothing
         print(f"{path} is not written: nothing in its volume is as dense as {level:g}")
         return False
     write_glb(path, vertices, faces, normals, colours)
+    write_ply(path.with_suffix(".ply"), vertices, faces, normals, colours)
     return True

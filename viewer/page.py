@@ -4,7 +4,8 @@ volume_render.py once more, pixel by pixel; here is what it is fed: stills, word
 
     channel = low + span byte / 255,      of the voxels alone that a ray can see
 
-in   latents, and with a denoiser the ways out of noise and from one sample to another
+in   latents, and with a denoiser the ways out of noise and from one sample to another;
+     one of their shapes in the colours of training objects
 out  viewer.html, of viewer_template.html
 read pack, page_objects, gallery; then viewer_template.html.
 """
@@ -23,7 +24,7 @@ from autodecoder import GAIN
 from common import save_text, to_bytes
 from diffusion import latents_of, nearest, noise_of, sample
 from shapes.photos import kinds_of
-from viewer.isosurface import bake
+from viewer.isosurface import CASES, LEVEL, bake
 from volume_render import ANGLES, EMPTY, any_of_eight, cameras, render_views
 
 TEMPLATE = Path(__file__).parent / "viewer_template.html"
@@ -90,9 +91,10 @@ def data_uri(rgb, alpha):
 
 
 def write_page(path, title, about, sets, objects, samples):
-    """sets: [(name, what it is, indices of its objects)]; samples: bins along a ray, at first"""
-    content = dict(title=title, about=about, samples=samples, objects=objects,
-                   sets=[dict(zip(("name", "about", "objects"), some)) for some in sets])
+    """sets: [(name, what it is, what stands beside its objects, their indices)]; samples: bins along a ray,
+    at first.  The page makes meshes too, of the same level and cases as isosurface.py"""
+    content = dict(title=title, about=about, samples=samples, level=LEVEL, cases=CASES, objects=objects,
+                   sets=[dict(zip(("name", "about", "beside", "objects"), some)) for some in sets])
     text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")     # no name can end the script
     save_text(path, TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text))
 
@@ -120,9 +122,26 @@ def between(a, b, share):
     return lambda shape: math.cos(angle) * one(shape) + math.sin(angle) * other(shape)
 
 
+def palette(model, names, label, denoiser, pair, count=8, **how):
+    """One shape in the colours of training objects -> whose shape, whose colours (count,), latents"""
+    if denoiser:
+        said, code = f"seed {pair[0]}", sample(denoiser, pair[:1], **how)
+    else:
+        said, code = label, model.codes[[names.index(label)]]
+    # The next one is always the one whose colours are the furthest from all that are chosen
+    whose = [0]
+    while len(whose) < min(count, len(names)):
+        whose.append(torch.cdist(model.colours, model.colours[whose]).amin(1).argmax().item())
+    # A code is shape, colours and three stretches, in this order
+    whose, codes = sorted(whose), code.repeat(len(whose), 1)
+    codes[:, model.shapes.shape[1]:-3] = model.colours[whose]
+    return said, whose, latents_of(model, codes)
+
+
 def gallery(model, names, latents, labels, denoiser=None, pair=None, **how):
-    """-> the page's sets and objects: these latents, and with a denoiser how the first of the seeds `pair`
-    came out of noise, and a walk between the two; last, whichever training object is the nearest of each"""
+    """-> the page's sets and objects: these latents; with a denoiser how the first of the seeds `pair` came
+    out of noise, and a walk between the two; one shape in many colours; last, the training objects that stand
+    beside all these: the nearest one, or the one whose colours they are"""
     training = latents_of(model, model.codes)
     apart = nearest(training, training, itself=True)[0][:, 0]
     shown = [("Samples" if denoiser else "Reconstructions", "", latents, labels, 64)]
@@ -136,16 +155,28 @@ def gallery(model, names, latents, labels, denoiser=None, pair=None, **how):
                   ("Walk", f"Samples of the noise between seed {a}'s and seed {b}'s.", path,
                    [f"seed {a}", *between, f"seed {b}"], 64)]
     sets, objects, whose = [], [], []
+
+    def add(name, about, says, some, said, notes, beside, most=64):
+        sets.append((name, about, says, list(range(len(objects), len(objects) + len(some)))))
+        objects.extend(page_objects(model, some, said, notes, most))
+        whose.extend(beside)
+
     for name, about, some, said, most in shown:
         distance, near = nearest(some, training)
         k = int(not denoiser and len(names) > 1)              # a reconstruction's nearest is itself
         notes = [f"{d:.0f} from the nearest{'' if denoiser else ' other'} training latent; those are "
                  f"{apart.mean():.0f} from their own nearest" if len(names) > 1 else ""
                  for d in distance[:, k].tolist()]
-        sets.append((name, about, list(range(len(objects), len(objects) + len(some)))))
-        objects += page_objects(model, some, said, notes, most)
-        whose += near[:, k].tolist()
-    kinds, used = kinds_of(model.config.data, names), sorted(set(whose))
+        add(name, about, "Nearest training object", some, said, notes, near[:, k].tolist(), most)
+    shape, colours, some = palette(model, names, labels[0], denoiser, pair, **how)
+    said = [names[o] for o in colours]
+    add("Colours", f"The shape of {shape} in the colours of {len(some)} training objects.",
+        "Whose colours these are", some, said, [f"The shape of {shape}, the colours of {o}" for o in said],
+        colours)
+
+    # "objects" is what kinds_of says where no kind is known: it would tell nobody anything
+    kinds = [kind * (kind != "objects") for kind in kinds_of(model.config.data, names)]
+    used = sorted(set(whose))
     for packed, o in zip(objects, whose):
         packed["beside"] = len(objects) + used.index(o)
     objects += page_objects(model, training[used], [names[o] for o in used], [kinds[o] for o in used])
