@@ -21,15 +21,12 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
-import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -49,17 +46,13 @@ def plain(text):
     """What cannot be printed is written out, because the names of files may hold anything"""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
-
 # ---------------------------------------------------------------------------------------------- configuration
 def parse_config(Config, presets=None, argv=None):
     """The dataclass at the top of a stage is its command line: defaults < --preset < flags.  Each field is a
-    flag.  Its trailing comment is the help text; `a | b | c:` at its start lists the values allowed."""
-    # Comments are read from the source.  A chapter's Config inherits fields, so its parents are read too
-    presets = presets or {}
+    flag.  Its trailing comment is the help text, and says what is allowed (see `checked`)."""
+    presets, comments = presets or {}, comments_of(Config)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
-    sources = [inspect.getsource(parent) for parent in reversed(Config.__mro__[:-1])]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.M))
     # argparse itself would guess what a shortened flag means, and print the usage of all flags at each error
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,13 +63,9 @@ def parse_config(Config, presets=None, argv=None):
     # One flag for each field.  SUPPRESS: a default that argparse filled in would overwrite the preset's value
     for field in fields(Config):
         help_text = comments.get(field.name, "")
-        choices = re.match(r"([\w.]+(?: \| [\w.]+)+): *", help_text)
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         if field.type is tuple:                                   # several numbers: --channels 64 32
             kind = {"type": type((*field.default, 0)[0]), "nargs": "+"}
-        if choices:
-            kind["choices"] = [field.type(choice) for choice in choices[1].split(" | ")]
-            help_text = help_text[choices.end():]                 # argparse lists them
         default = "" if field.default in ("", ()) else f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
                             help=f"{help_text}{default}".replace("%", "%%"))
@@ -88,27 +77,40 @@ def parse_config(Config, presets=None, argv=None):
         preset = "gpu" if torch.cuda.is_available() else "cpu"
         if presets.get("gpu") and preset == "gpu":
             print("preset gpu, because there is a GPU; the README's numbers are those of --preset cpu")
-    config = Config(**{**presets.get(preset, {}), **flags})
     # A value that makes no sense is refused now, by its flag's name, and not by a traceback hours later
-    for name, value in asdict(config).items():
-        check_range(name, value, comments.get(name, ""))
+    config = checked(Config(**{**presets.get(preset, {}), **flags}))
+    command.knobs = asdict(config)                                # which it names if memory runs out
     return config
 
+def comments_of(Config):
+    """Field -> comment, from the source.  A chapter's Config inherits fields, so its parents are read too"""
+    sources = [inspect.getsource(parent) for parent in reversed(Config.__mro__[:-1])]
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.M))
 
-def check_range(name, value, comment):
-    """No number may be negative, infinite or absurd.  Comments say more: "(at least 1)", "(from -9 to 9)"."""
-    # The range is read from the comment, so that the help text and the check cannot disagree
-    found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
-    low, high = (float(found[1]), float(found[2] or 1e12)) if found else (0, 1e12)
-    # NaN (not a number) fails every comparison, so `not low <= number` refuses it; `number < low` would not
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(number, (int, float)) and not low <= number <= high:
-            raise UserError(f"--{name} {number}: at least {low:g}, at most {high:g} is wanted")
-
+def checked(config, where=""):
+    """The config, if each value has its field's type and is what its comment allows: `edm | ddpm:`, (at least
+    1), (from -9 to 9).  Where a comment says nothing, no number may be negative or absurd."""
+    comments = comments_of(type(config))
+    for field in fields(config):
+        comment, kind, values = comments.get(field.name, ""), field.type, [getattr(config, field.name)]
+        if kind is tuple and isinstance(values[0], (list, tuple)) and (values[0] or not field.default):
+            kind, values = type((*field.default, 0)[0]), values[0]
+        choices = re.match(r"([\w.]+(?: \| [\w.]+)+):", comment)
+        found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
+        most = 1e6 if kind is int and field.name != "seed" else 1e12
+        low, high = (float(found[1]), float(found[2] or most)) if found else (0, most)
+        wanted = choices[1] if choices else kind.__name__
+        wanted = f"at least {low:g}, at most {high:,.12g}" if kind in (int, float) else wanted
+        for one in values:
+            # NaN (not a number) fails every comparison, so `low <= one` refuses it; `not one < low` would not
+            number = kind in (int, float) and type(one) in (int, kind)
+            right = low <= one <= high if number else type(one) is kind
+            if not right or choices and str(one) not in choices[1].split(" | "):
+                raise UserError(f"{where}--{field.name} {one}: {wanted} is wanted")
+    return config
 
 def wrong_flag(message):
     raise UserError(f"{message}  (--help lists the flags)")
-
 
 def pick_device(name="auto"):
     """`auto`, cpu, cuda or cuda:1 -> torch.device.  `auto` takes a CUDA GPU if there is one."""
@@ -124,9 +126,8 @@ def pick_device(name="auto"):
     print(f"device {name} ({why}; {title})")
     return torch.device(name)
 
-
 def command(main):
-    """What `python stage.py` runs.  Ctrl-C ends it with one line, a closed pipe (| head) ends it silently."""
+    """What `python stage.py` runs.  Ctrl-C or want of memory ends it with one line, a closed pipe silently"""
     sys.stdout = sys.stdout or open(os.devnull, "w")         # None if the shell closed it (>&-)
     try:
         main()
@@ -135,7 +136,16 @@ def command(main):
         raise UserError("stopped; what was written before is kept") from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes once more at exit
-
+    except OSError as error:                  # a name that is too long, a folder that may not be read
+        raise UserError(error) from None
+    except (MemoryError, RuntimeError) as error:
+        # torch has many words for too little memory, and for a size that it cannot even count
+        if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
+            raise
+        sizes = {f"--{name} {value}": np.max(value or 0) for name, value in command.knobs.items()
+                 if type(value) in (int, tuple, list) and name != "seed"}
+        largest = ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])
+        raise UserError(f"more memory is needed than there is; the largest knobs are {largest}") from None
 
 # ------------------------------------------------------------------------------------ cameras, learning rates
 def camera_to_world_at(azimuth, elevation, distance):
@@ -150,24 +160,20 @@ def camera_to_world_at(azimuth, elevation, distance):
     pose[:3, :] = torch.stack([right, torch.linalg.cross(forward, right), forward, position], -1)
     return pose
 
-
 def intrinsics_at(size, focal=131.25):
     """Pixels along a side -> (3,3) float64.  `focal` is in pixels of a 128-pixel photo, as in the SRN data
     set: a ball of diameter 1 then fills 85 % of the frame at the usual distance of 1.3."""
     f = focal * size / 128
     return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
 
-
 # Adam's second beta is below the usual 0.999, so a rare large gradient is forgotten after a hundred steps.
 BETAS, CLIP = (0.9, 0.99), 1.0                # gradients longer than CLIP are shortened to it
-
 
 def learning_rate_share(step, steps, floor):
     """The share of the highest learning rate at this step: a linear warm-up times a falling half cosine"""
     # In the first 5 % Adam knows little of the gradients.  At the end small steps average out their noise
     cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
     return min(1.0, (step + 1) / (0.05 * steps)) * cosine
-
 
 # ------------------------------------------------------------------------------- safe writing and checkpoints
 @contextmanager
@@ -188,16 +194,9 @@ def atomic_file(path):
             temporary.unlink()
         raise UserError(f"cannot write {path}: {error}") from None
 
-
 def save_text(path, text):
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-# The errors that zipfile, pickle and torch raise for a file that is no longer whole
-DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile,
-          pickle.UnpicklingError, zlib.error)
-
 
 def digest(thing):
     """A hash of tensors, numbers, strings, lists and dicts of them: every bit of every tensor counts."""
@@ -205,12 +204,10 @@ def digest(thing):
         flat = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         content = f"{thing.dtype} {list(thing.shape)}".encode() + flat.numpy().tobytes()
     elif isinstance(thing, (list, tuple, dict)):
-        parts = thing.items() if isinstance(thing, dict) else thing
-        content = " ".join(digest(part) for part in parts).encode()
+        content = " ".join(map(digest, thing.items() if isinstance(thing, dict) else thing)).encode()
     else:
         content = repr(thing).encode(errors="backslashreplace")
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
 
 def save_checkpoint(file, state):
     """`state` holds only tensors, numbers, strings, lists and dicts: torch.load's safe default reads them."""
@@ -219,57 +216,56 @@ def save_checkpoint(file, state):
     with atomic_file(file) as temporary:
         temporary.write_bytes(content.getbuffer())
         # It is read back before it replaces the last good one.  (It is a zip file, which has checksums)
-        damaged = zipfile.ZipFile(temporary).testzip()
-        if damaged:
-            raise OSError(f"{damaged} does not read back as written")
+        if zipfile.ZipFile(temporary).testzip():
+            raise OSError("it does not read back as written")
 
-
-def load_checkpoint(file):
-    """What save_checkpoint wrote, on the CPU, verified"""
-    # weights_only, because a file from a stranger could otherwise run any code while it is read
+def load_checkpoint(file, *parts, hint=""):
+    """What save_checkpoint wrote, on the CPU, verified; it must have these parts"""
+    # A pipe or a device in its place might never end, so it is not opened
+    if not os.path.isfile(file):
+        raise UserError(f"{file} is {'no file' if os.path.lexists(file) else 'not there'}")
     try:
         with zipfile.ZipFile(file) as archive:
-            if archive.testzip():
-                raise ValueError("its checksum is wrong")
+            # torch does not compress.  What is larger than its file is a trap, a "zip bomb"
+            stated = sum(member.file_size for member in archive.infolist())
+            if stated > os.path.getsize(file) or archive.testzip():
+                raise ValueError("its checksum is wrong, or its size")
+        # weights_only, because a file from a stranger could otherwise run any code while it is read
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} is not there") from None
-    except DAMAGE as error:
+        # The zip's directory has no checksum.  A bit flipped in it fills a tensor with random memory
+        said = state.pop("digest", None) if isinstance(state, dict) else None
+        if said != digest(state):
+            raise ValueError("no checkpoint of this version of the program, or its digest is wrong")
+    except Exception as error:              # there is no end of what zipfile, pickle and torch may raise
         why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UserError(f"{file} is damaged and cannot be read ({why})") from None
-    # The zip's directory has no checksum.  A bit flipped in it makes torch fill a tensor with random memory
-    if not isinstance(state, dict) or "digest" not in state:
-        raise UserError(f"{file} is no checkpoint of this version of the program: train it again (--fresh)")
-    if state.pop("digest") != digest(state):
-        raise UserError(f"{file} is damaged and cannot be read (its digest is wrong)")
+    for part in parts:
+        kind = {"names": list, "step": int, "autodecoder": str}.get(part, dict)
+        if not isinstance(state.get(part), kind):
+            held = ", ".join(f"{key} ({type(value).__name__})" for key, value in state.items())
+            raise UserError(f"{file} holds something else ({held[:200]}), where {part} ({kind.__name__}) is "
+                            f"wanted{hint}")
     return state
 
-
-def load_newest(folder, say=print):
+def load_newest(folder, *parts, say=print, hint=""):
     """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither."""
     last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
+    if not os.path.lexists(last) and not previous.exists():
+        return None
     try:
-        if last.exists() or not previous.exists():
-            return load_checkpoint(last) if last.exists() else None
-        trouble = f"{last} is not there"
+        return load_checkpoint(last, *parts, hint=hint)
     except UserError as error:
         if not previous.exists():
             raise
-        trouble = error
-    say(f"!! {trouble}: taking {previous}, the checkpoint before it")
-    return load_checkpoint(previous)
+        say(f"!! {error}: taking {previous}, the checkpoint before it")
+    return load_checkpoint(previous, *parts, hint=hint)
 
-
-def load_stage(folder, what, script, key):
-    """What an earlier stage saved in its folder; `key` is in no other stage's checkpoint."""
-    state = load_newest(folder)
+def load_stage(folder, what, script, *parts):
+    """What an earlier stage saved in its folder; one of the parts is in no other stage's checkpoint."""
+    state = load_newest(folder, "config", *parts, hint=f": this needs {what}, as python {script} makes it")
     if state is None:
         raise UserError(f"this needs {what}, and {folder}/last.pt is not there. Run: python {script}")
-    if key not in state:
-        raise UserError(f"this needs {what}, and {folder}/last.pt holds something else: give a folder that "
-                        f"python {script} made")
     return state
-
 
 def saved_config(Config, state, folder):
     """The config of a checkpoint.  Its fields must be exactly those of this version's Config."""
@@ -277,9 +273,24 @@ def saved_config(Config, state, folder):
     strange = {field.name for field in fields(Config)} ^ set(state["config"])
     if strange:
         raise UserError(f"{folder} was trained by another version of this program, or by a chapter "
-                        f"(knobs {', '.join(sorted(strange)[:3])}): train it again with --fresh")
-    return Config(**state["config"])
+                        f"(knobs {', '.join(sorted(map(str, strange))[:3])}): train it again with --fresh")
+    return checked(Config(**state["config"]), f"{folder}/last.pt: ")
 
+def fill(network, weights, folder):
+    """The network, with weights from a file (halves, in the box): they must have its names, shapes and types,
+    and be finite."""
+    # A network on the device "meta" has shapes without numbers.  So a file that asks for more than memory
+    # holds is refused before anything is built; else the file's tensors become such a network's own
+    wanted = network.state_dict()
+    kind = lambda some: f"{some.dtype} {[*some.shape]}" if isinstance(some, torch.Tensor) else type(some)
+    full = lambda some: some.float() if getattr(some, "dtype", 0) == torch.half else some
+    weights = {name: full(some) for name, some in weights.items()}
+    for name in [*wanted, *weights]:
+        here, there = [kind(some[name]) if name in some else "nothing" for some in (weights, wanted)]
+        if here != there or not weights[name].isfinite().all():
+            raise UserError(f"{folder}/last.pt holds {name}: {here}, where {there}, all finite, is wanted")
+    network.load_state_dict(weights, assign=any(some.is_meta for some in wanted.values()))
+    return network
 
 # -------------------------------------------------------------------------------------------------- long work
 class Run:
@@ -314,26 +325,25 @@ class Run:
         except ImportError:                                     # Windows: no such lock
             pass
         except OSError:
-            raise UserError(f"another run is writing to {self.folder} now: "
-                            "wait for it, or use another --out") from None
+            raise UserError(f"another run is writing to {self.folder} now: wait for it, or use another --out")
 
     def _check_recipe(self):
         """The recipe that the folder was begun with must be today's"""
         # Files without a recipe are not ours, and a later --fresh would delete them
-        if not self.file.exists():
+        if not os.path.lexists(self.file):
             for path in filter(Path.exists, self.stale):
-                raise UserError(f"{path} is there, but no {self.file.name} of this program beside it: "
-                                "use another --out")
+                raise UserError(f"{path} is there, but no {self.file.name} beside it: use another --out")
             return
         try:
-            found = dict(json.loads(self.file.read_text()))
+            found = dict(json.loads(self.file.read_text() if self.file.is_file() else ""))
         except (OSError, ValueError, TypeError, RecursionError):
             raise UserError(f"{self.file} cannot be read: delete it and what it describes") from None
         if found.get("stage") != self.recipe["stage"]:
             raise UserError(f"{self.folder} holds another stage's run, or an older one: use another --out")
         # A run continued with another learning rate, for example, would be neither of the two experiments
+        path = lambda some: os.path.normpath(some) if some and isinstance(some, str) else some      # ./a is a
         for field, value in ({} if self.fresh else self.recipe).items():
-            if found.get(field, value) != value:
+            if path(found.get(field, value)) != path(value):
                 named = ["(none)" if some == "" else some for some in (found[field], value)]
                 anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
                 raise UserError(f"{self.file} says that what is there was made with --{field} {named[0]}, "
@@ -349,7 +359,7 @@ class Run:
         save_text(self.file, json.dumps(self.recipe, indent=1))
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
-        if threading.current_thread() is threading.main_thread():     # no other can set handlers
+        with suppress(ValueError):                                    # only the main thread can set handlers
             self.before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -373,9 +383,9 @@ class Run:
         save_checkpoint(last, state)
         self.doubtful = False
 
-    def load(self):
-        """The state to go on from, or None."""
-        return None if self.fresh else load_newest(self.folder, self._doubt)
+    def load(self, *parts):
+        """The state to go on from, with these parts, or None."""
+        return None if self.fresh else load_newest(self.folder, *parts, say=self._doubt)
 
     def _doubt(self, trouble):
         self.doubtful = True
@@ -398,29 +408,29 @@ class Run:
         """A line of log.jsonl, and the same numbers on the progress line."""
         # The file is closed after each line, so a kill loses one line at most
         row = {"step": step, **numbers, "seconds": round(time.time() - self.began, 1)}
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the log: {error}; what is saved is intact") from None
         if show:
             self.progress("step", step, steps, "  ".join(f"{key} {x:.4g}" for key, x in numbers.items()))
 
     def progress(self, what, done, total, numbers=""):
         """One line, rewritten on a terminal, repeated every ten seconds in a log file"""
         # Speed is counted from this process's first call, because steps before a resume took none of its time
-        now, last = time.time(), done == total
+        now, last, terminal = time.time(), done == total, sys.stdout.isatty()
         if what not in self.first:
             self.first[what] = (now, done) if done or self.first else (self.began, 0)
         rate = (now - self.first[what][0]) / max(done - self.first[what][1], 1)
-        if not last and (not rate or now - self.printed < (0.2 if sys.stdout.isatty() else 10)):
+        if not last and (not rate or now - self.printed < (0.2 if terminal else 10)):
             return
         # On a terminal \r goes back to the start of the line, and spaces cover a longer line before it
-        self.printed = now
-        percent, left = 100 * done // max(total, 1), clock(rate * (total - done))
+        self.printed, percent, left = now, 100 * done // max(total, 1), clock(rate * (total - done))
         line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {left}"
-        if sys.stdout.isatty():
-            print("\r" + line.ljust(self.width), end="\n" if last else "", flush=True)
-            self.width = 0 if last else len(line)
-        else:
-            print(line, flush=True)
+        end = "" if terminal and not last else "\n"
+        print("\r" * terminal + line.ljust(self.width), end=end, flush=True)
+        self.width = 0 if end else len(line)
 
     def say(self, text):
         """A line that does not run into the progress line."""
@@ -432,38 +442,31 @@ class Run:
         if self.stopping:
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
 
-
 def clock(seconds):
     """3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s"""
     m, s = divmod(int(seconds + 0.5), 60)
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s" if m else f"{s}s"
-
 
 # --------------------------------------------------------------------------------------------------- pictures
 def to_bytes(picture):
     """A picture in [0, 1], or a little outside, as 8 bits"""
     return (picture.clamp(0, 1) * 255).round().byte()
 
-
 def grid(pictures, columns, gap=2):
     """Pictures (N,H,W,3) uint8, a tensor or array -> one array, `columns` to a row, white between them."""
     # White pictures fill the last row.  Each picture has a gap on its right and below; the outermost are cut
-    missing = -len(pictures) % columns
-    padded = np.pad(pictures, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    padded = np.pad(pictures, ((0, -len(pictures) % columns), (0, gap), (0, gap), (0, 0)), constant_values=255)
     _, H, W, _ = padded.shape
     sheet = padded.reshape(-1, columns, H, W, 3).swapaxes(1, 2).reshape(-1, columns * W, 3)
     return sheet[:len(sheet) - gap, :columns * W - gap]
-
 
 def save_picture(path, picture):
     with atomic_file(path) as temporary:
         Image.fromarray(np.asarray(picture)).save(temporary, format="PNG", optimize=True)
 
-
 def save_preview(path, rows):
     """Rows of pictures (rows,B,H,W,3) uint8, twice as large, to look at"""
     save_picture(path, np.kron(grid(rows.flatten(0, 1), rows.shape[1]), np.ones((2, 2, 1), np.uint8)))
-
 
 def save_figure(path, figure):
     with atomic_file(path) as temporary:

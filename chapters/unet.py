@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import diffusion
 from autodecoder import fingerprint, load_autodecoder
 from chapters.hybrid import Attention
-from common import (command, grid, load_stage, parse_config, pick_device, save_checkpoint, save_picture,
+from common import (command, fill, grid, load_stage, parse_config, pick_device, save_checkpoint, save_picture,
                     saved_config, to_bytes)
 from diffusion import Denoiser, latents_of, level_embedding
 from sample import novelty, summarise
@@ -154,9 +154,9 @@ def main(argv=None):
     device, out = pick_device(config.device), Path(config.out)
     model, names = load_autodecoder(config.autodecoder, device)
     state = load_stage(out, "this chapter's denoiser", "-m chapters.unet", "denoiser")
-    denoiser = LatentDenoiser(saved_config(Config, state, out), model)
-    denoiser.load_state_dict(state["denoiser"])
-    denoiser.to(device).eval()
+    with torch.device("meta"):
+        denoiser = LatentDenoiser(saved_config(Config, state, out), model)
+    fill(denoiser, state["denoiser"], out).to(device).eval()
 
     # 64 samples, as stage 3 counts them; and a file of them for whoever compares methods
     latents = torch.cat([denoiser.latents(diffusion.sample(denoiser, range(k, min(k + 16, config.count))))

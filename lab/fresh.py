@@ -115,6 +115,8 @@ def see_objects(file, split, numbers, config, views, points, run):
                 run.progress(f"{split} objects", len(rows), len(numbers))
         except BrokenProcessPool:
             raise UserError("a worker process died, perhaps because memory ran out: run it again") from None
+        except OSError as error:                                 # the folder for temporary files is full
+            raise UserError(f"a worker process cannot go on: {error}") from None
         finally:
             pool.shutdown(cancel_futures=True)
         return {key: torch.stack([torch.from_numpy(one[key]) for one in rows]) for key in rows[0]}
@@ -218,9 +220,9 @@ def training_cells(names, folder):
         file = Path(folder, name, "factors.json")
         try:
             drawn = lambda: earphones.draw_factors("train", int(match[1]))
-            factors = json.loads(file.read_text()) if file.exists() else drawn()
+            factors = json.loads(file.read_text()) if file.is_file() else drawn()
             cells.append(cell_of(labels(factors)[None]).item())
-        except (OSError, ValueError, KeyError, TypeError):       # somebody else's, or broken
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):     # somebody else's, or broken
             return None
     return sorted(set(cells))
 

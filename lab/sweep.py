@@ -79,11 +79,23 @@ def one_run(config, first, second, seed):
         numbers = {field: getattr(config, field) for field in ("count", "points", "fits", "cache")}
         evaluate.main(["--no-controls", *arguments(**common, diffusion=stage2, out=stage2 / "evaluate",
                                                    **numbers)])
-    row, psnr = json.loads(tables.read_text())["rows"], math.nan
-    for line in open(stage1 / "log.jsonl"):
-        with suppress(ValueError):                             # a line that a kill cut off in the middle
-            psnr = json.loads(line).get("heldout", psnr)
-    return {"PSNR": psnr, **row["ours"]}
+    # What a kill cut off, or somebody else wrote, is not a run's row
+    try:
+        row = json.loads(tables.read_text())["rows"]["ours"]
+        if not all(len(value) == 2 for value in row.values()):
+            raise ValueError("its numbers are no pairs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{tables} cannot be read ({error!r}): delete it and run this again")
+    return {"PSNR": held_out_psnr(stage1 / "log.jsonl"), **row}
+
+
+def held_out_psnr(log):
+    """The last one of a log, or NaN.  Lines that a kill cut off, or that are no rows, are passed over"""
+    psnr = math.nan
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
+        with suppress(ValueError, TypeError, RecursionError, AttributeError):
+            psnr = float(json.loads(line).get("heldout", psnr))
+    return psnr
 
 
 def main(argv=None):
@@ -127,7 +139,7 @@ def report(folder, name, rows):
     labels = list(dict.fromkeys(label for label, _ in rows))
     for axis, column in zip(axes[0], plotted):
         for label, row in rows:
-            value, deviation = row[column]
+            value, deviation = row.get(column) or (math.nan, None)
             axis.errorbar(labels.index(label), scale(column) * value,
                           yerr=2 * scale(column) * (deviation or 0), fmt="o", color="C0", capsize=3)
         long = len("".join(labels)) > 16

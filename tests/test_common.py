@@ -1,9 +1,12 @@
 """Configuration, safe writing and pictures."""
+import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +42,8 @@ class Ranged(Config):
 
 @pytest.mark.parametrize("flag, value", [
     ("steps", "-1"), ("rate", "nan"), ("rate", "inf"), ("rate", "-0.1"), ("steps", str(1 << 63)),
-    ("count", "0"), ("tilt", "-91"), ("tilt", "90.5"), ("widths", "0")])
+    ("count", "0"), ("tilt", "-91"), ("tilt", "90.5"), ("widths", "0"), ("count", "1000001"),
+    ("widths", "1000000000")])
 def test_ranges_stand_in_the_comments(flag, value):
     with pytest.raises(UserError, match=f"--{flag} {value.replace('.', '[.]')}.*at least"):
         common.parse_config(Ranged, argv=[f"--{flag}", value])
@@ -191,6 +195,114 @@ def test_control_characters_in_a_message_are_written_out(tmp_path, capsys):
     assert str(UserError("a\x1b[31m\nb\udce9 \u00e9")) == "a\\x1b[31m\\nb\\udce9 \u00e9"
     common.Run(tmp_path, "test", Config(), (), stale=()).say("a\x1b[31m\nb\udce9")
     assert capsys.readouterr().out == "a\\x1b[31m\\nb\\udce9\n"
+
+
+def test_too_little_memory_is_one_sentence_that_names_the_largest_knobs():
+    def more(size):
+        common.parse_config(Ranged, argv=["--widths", "70000", "--count", "9", "--steps", "5"])
+        return torch.empty(size)
+    for ask in (lambda: more(1 << 50), lambda: more([1 << 40, 1 << 40]),
+                lambda: (more(1), bytearray(1 << 60))):
+        with pytest.raises(UserError, match="memory.*knobs are --widths .70000., --count 9, --steps 5"):
+            common.command(ask)
+    with pytest.raises(RuntimeError, match="a bug"):                     # and no other mistake is hidden
+        common.command(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_names_too_long_and_closed_folders_are_one_sentence(tmp_path):
+    for path in (tmp_path / ("n" * 300), tmp_path):
+        with pytest.raises(UserError, match="too long|directory"):
+            common.command(lambda: path.read_text())
+
+
+def special(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "link": path.name}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind):
+    special(tmp_path / "last.pt", kind)
+    special(tmp_path / "config.json", kind)
+    for read in (lambda: common.load_checkpoint(tmp_path / "last.pt"), lambda: common.load_newest(tmp_path)):
+        with pytest.raises(UserError, match="last.pt is no file"):
+            read()
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        common.Run(tmp_path, "test", Config(), ())
+
+
+def test_a_zip_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "last.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("last/data.pkl", bytes(10_000_000))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: pytest.fail("it was read"))
+    with pytest.raises(UserError, match="damaged.*size"):
+        common.load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_checkpoint_that_is_whole_and_wrong_is_one_sentence(tmp_path):
+    file = tmp_path / "last.pt"
+    for state in ([1, 2], torch.zeros(3), {"step": 1}):
+        torch.save(state, file)
+        with pytest.raises(UserError, match="no checkpoint of this version"):
+            common.load_checkpoint(file)
+    for state, part in (({"denoiser": {}, "step": 1}, "model"), ({"model": [1]}, "model"),
+                        ({"step": "4"}, "step"), ({"names": "abc"}, "names"), ({"step": math.nan}, "step")):
+        common.save_checkpoint(file, state)
+        with pytest.raises(UserError, match=f"last.pt holds .*, where {part} .* is wanted"):
+            common.load_newest(tmp_path, part)
+    # Where the checkpoint before it is right, that one is taken
+    common.save_checkpoint(tmp_path / "previous.pt", {"step": 3})
+    assert common.load_newest(tmp_path, "step", say=print)["step"] == 3
+
+
+@pytest.mark.parametrize("change", [
+    dict(steps="7"), dict(steps=1.5), dict(steps=True), dict(rate=None), dict(head="x"), dict(tilt=math.nan),
+    dict(count=10 ** 11), dict(widths=5), dict(widths=["a"]), dict(widths=[0]), dict(widths=[])])
+def test_a_saved_config_is_checked_as_flags_are(change):
+    config = vars(Ranged()) | {"widths": [4, 2], "rate": 1}                       # an int is a number too
+    assert common.saved_config(Ranged, {"config": config}, "run").rate == 1
+    with pytest.raises(UserError, match=f"run/last.pt: --{[*change][0]} .* is wanted"):
+        common.saved_config(Ranged, {"config": config | change}, "run")
+
+
+def test_weights_must_be_the_networks_own():
+    linear = torch.nn.Linear(3, 2)
+    right = {name: tensor + 1 for name, tensor in linear.state_dict().items()}
+    assert torch.equal(common.fill(linear, right, "run").weight, right["weight"])
+    with torch.device("meta"):
+        fresh = torch.nn.Linear(3, 2)
+    assert torch.equal(common.fill(fresh, right, "run").weight, right["weight"])
+    for wrong in ({"weight": right["weight"]}, right | {"more": torch.zeros(1)},
+                  right | {"bias": torch.zeros(3)}, right | {"bias": torch.zeros(2).int()},
+                  right | {"bias": 1},
+                  right | {"bias": torch.tensor([0, math.nan])}):
+        with pytest.raises(UserError, match="run/last.pt holds (bias|more): .*, where .* is wanted"):
+            common.fill(linear, wrong, "run")
+    # A network of 10^12 numbers is compared, and never built
+    with torch.device("meta"):
+        huge = torch.nn.Linear(1_000_000, 1_000_000)
+    with pytest.raises(UserError, match=r"holds weight: .*\[2, 3\], where .*\[1000000, 1000000\]"):
+        common.fill(huge, right, "run")
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    run = common.Run(tmp_path, "test", Config(), ())
+    special(tmp_path / "log.jsonl", "folder")
+    with pytest.raises(UserError, match="cannot write the log: .*what is saved is intact"):
+        run.log(1, 2)
+    (tmp_path / "log.jsonl").rmdir()
+    if Path("/dev/full").exists():                                       # as a full disk answers
+        (tmp_path / "log.jsonl").symlink_to("/dev/full")
+        with pytest.raises(UserError, match="cannot write the log: .*No space"):
+            run.log(1, 2)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="cannot write the log: .*No such"):
+        run.log(1, 2)
+    run.lock.close()
 
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(tmp_path, monkeypatch, capsys):

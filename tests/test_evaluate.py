@@ -1,6 +1,7 @@
 """Each metric by brute force and by its identities; whole runs repeat, and say what is missing."""
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -307,6 +308,52 @@ def test_factors_of_somebody_else_are_none_of_ours(tmp_path, factors):
     (tmp_path / "train_00000").mkdir()
     (tmp_path / "train_00000/factors.json").write_bytes(factors)
     assert fresh.training_cells(["train_00000"], tmp_path) is None
+
+
+def test_a_worker_whose_disk_is_full_is_one_sentence(tmp_path, monkeypatch):
+    class Pool:
+        def __init__(self, *_): pass
+        def shutdown(self, **_): pass
+        def map(self, *_, **__): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(fresh, "ProcessPoolExecutor", Pool)
+    with pytest.raises(UserError, match="worker process cannot go on: .*No space"):
+        fresh.see_objects(tmp_path / "x.pt", "test", range(2), stage.Config(), 4, 0, None)
+
+
+def test_lines_of_a_log_that_are_no_rows_are_passed_over(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert math.isnan(sweep.held_out_psnr(log))
+    log.write_bytes(b'{"step": 1, "heldout": 20.5}\nnull\n[3]\n\xff\0\n{"heldout": {}}\n{"step": 2}\n{"hel')
+    assert sweep.held_out_psnr(log) == 20.5
+    log.write_bytes(b"[" * 100_000)
+    assert math.isnan(sweep.held_out_psnr(log))
+    log.unlink()
+    os.mkfifo(log)                                                       # which would never end
+    assert math.isnan(sweep.held_out_psnr(log))
+
+
+@pytest.mark.parametrize("content", ['{"rows": {"ou', "[]", '{"rows": {}}', '{"rows": {"ours": {"d1": 3}}}'])
+def test_tables_that_are_cut_are_one_sentence(tmp_path, content):
+    config = sweep.Config(out=str(tmp_path))
+    folder = tmp_path / "stage2/default+mix=0.0+0/evaluate"
+    folder.mkdir(parents=True)
+    (folder / "tables.json").write_text(content)
+    with pytest.raises(UserError, match="tables.json cannot be read"):
+        sweep.one_run(config, {}, {"mix": 0.0}, 0)
+
+
+def test_a_report_of_runs_without_held_out_numbers(tmp_path, capsys):
+    rows = [("0.0", {"PSNR": math.nan, "copies": [0.5, 0.1]}),
+            ("1.0", {"PSNR": 20.0, "copies": [0, 0], "Z_U": [1, 1]})]
+    sweep.report(tmp_path, "mix", rows)
+    assert "| 0.0 | nan | 50.0 +- 10.0 | - |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_a_pipe_for_factors_is_not_opened(tmp_path):
+    (tmp_path / "train_00000").mkdir()
+    os.mkfifo(tmp_path / "train_00000/factors.json")
+    assert fresh.training_cells(["train_00000"], tmp_path)               # as earphones.py draws them
 
 
 def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):

@@ -187,6 +187,17 @@ def test_paths_that_leave_the_folder_are_refused(model, tmp_path):
         assert colours(mesh) == [(128,) * 3] and any("refused" in note for note in mesh.notes)
 
 
+def test_an_obj_that_is_a_link_out_of_its_folder_is_refused(model, tmp_path):
+    (tmp_path / "secret.obj").write_text(SQUARE + "f 1 2 3\n")
+    (model.folder / "models/model_normalized.obj").symlink_to(tmp_path / "secret.obj")
+    with pytest.raises(UserError, match="model_normalized.obj is a link that leads out .* refused"):
+        load_obj(model.folder / "models/model_normalized.obj")
+    (model.folder / "models/model_normalized.obj").unlink()
+    (model.folder / "whole.obj").write_text(SQUARE + "f 1 2 3\n")
+    (model.folder / "models/model_normalized.obj").symlink_to("../whole.obj")      # inside it may
+    assert len(load_obj(model.folder / "models/model_normalized.obj").faces) == 1
+
+
 def test_links_inside_the_folder_are_followed(model, tmp_path):
     Image.new("RGB", (4, 4), GREEN).save(model.folder / "images/t.png")
     (model.folder / "images/link.png").symlink_to(model.folder / "images/t.png")
@@ -315,3 +326,18 @@ def test_textures_stop_at_what_memory_holds(tmp_path, monkeypatch):
     mesh = load_obj(tmp_path / "a.obj")
     assert "more textures than fit into 200 MB: their Kd instead (2 times)" in mesh.notes
     assert mesh.textured[mesh.material].tolist() == [True, True, False, False]
+
+
+def test_material_files_stop_at_what_the_limits_promise(tmp_path, monkeypatch):
+    monkeypatch.setattr(meshes, "MAX_LIBRARIES", 3)
+    monkeypatch.setattr(meshes, "MAX_LIBRARY", 100)
+    for k in range(9):
+        (tmp_path / f"{k}.mtl").write_text(f"newmtl m{k}\nKd 1 0 0\n" + "#" * 200 * (k == 1))
+    (tmp_path / "a.obj").write_text("mtllib 0.mtl 1.mtl 2.mtl\nmtllib 3.mtl 4.mtl 5.mtl\n" + SQUARE
+                                    + "".join(f"usemtl m{k}\nf 1 2 3\n" for k in range(6)))
+    read, real = [], meshes.read_mtl
+    once = lambda path, notes: (read.append(path.name), real(path, notes))[1]
+    monkeypatch.setattr(meshes, "read_mtl", once)
+    mesh = load_obj(tmp_path / "a.obj")
+    assert read == ["0.mtl", "1.mtl", "2.mtl"] and any("1.mtl is larger than" in note for note in mesh.notes)
+    assert colours(mesh)[:4] == [RED, (128,) * 3, RED, (128,) * 3]
