@@ -6,6 +6,8 @@ numbers worse, never better.
     python tests/bench.py --data    all of the default data too, from nothing to photos, in a temporary folder
     python tests/bench.py --render  the renderer, dense and skipping empty space, on a volume of 64^3 that
                                     is trained for it first, on one object of data/earphones_train
+    python tests/bench.py --pytorch3d [picture.png]     ours and PyTorch3D in turns, where it is installed:
+                                    the golden headphone, and a volume of 64^3, forward and backward
     python tests/bench.py --export [runs/autodecoder]   meshes: time, distance from the truth; and what
                                     the page's bytes lose, in dB
 
@@ -23,12 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import autodecoder
 import render_shapenet as stage
-from common import camera_to_world_at, intrinsics_at
+from common import camera_to_world_at, grid, intrinsics_at, save_picture, to_bytes
 from shapes.meshes import Mesh, load_obj
 from shapes.photos import read_photos
 from viewer import page
 from viewer.isosurface import mesh_of
-from volume_render import camera_rays, occupancy, render, voxel_field
+from volume_render import camera_rays, headphones, occupancy, render, voxel_field
 
 
 def best(call, times=30):
@@ -102,6 +104,52 @@ def render_rows():
         print(f"{what:<14} {a:6.1f} ms dense, {b:5.1f} ms without empty space: {a / b:.1f}x")
 
 
+def in_turns(calls, times):
+    """The best of each call.  Calls take turns, so that a slow minute of the machine meets all of them"""
+    return np.min([[best(call, 1) for call in calls] for _ in range(times)], 0)
+
+
+def pytorch3d_rows(mesh, poses, Ks, picture):
+    """Ours and PyTorch3D's in one run: six views of a mesh; 128 x 128 rays of 64 samples through a volume"""
+    stage.pytorch3d()                                              # one sentence, if it is not there
+    import pytorch3d
+    from test_pytorch3d import by_pytorch3d
+    print(f"PyTorch3D {pytorch3d.__version__}")
+    draw = lambda k, renderer: stage.rasterize(mesh, poses[k], Ks[k], 128, 1, renderer)
+    ours, its = ([torch.stack(some) for some in zip(*(draw(k, renderer) for k in range(6)))]
+                 for renderer in ("torch", "pytorch3d"))
+    both = (ours[1] > 0) & (its[1] > 0)
+    masks, colours = (ours[1] == its[1]).float().mean(), (ours[0] - its[0]).abs().max() * 255
+    print(f"rasterize {len(mesh.faces):,} faces, 128 px: masks equal at {masks:.2%} of the pixels, colours "
+          f"within {colours:.2f}/255, depths within {(ours[2] - its[2])[both].abs().max():.1e}")
+    a, b = np.mean([in_turns([lambda: draw(k, "torch"), lambda: draw(k, "pytorch3d")], 10)
+                    for k in range(6)], 0)
+    print(f"rasterize      ours {a:6.1f} ms, PyTorch3D {b:6.1f} ms: {b / a:.1f}x")
+
+    volume, angles = headphones(64, 300), (215, 25, 1.3)
+    rays = camera_rays(camera_to_world_at(*angles).float()[None], intrinsics_at(128).float()[None], 128)
+    skipping = lambda volume, *rest: render(volume, *rest, occupied=occupancy(volume))
+    renderers = skipping, render, by_pytorch3d
+
+    def backward(renderer):
+        leaf = volume.clone().requires_grad_()
+        rgb, alpha, _ = renderer(leaf, *rays, 64)
+        return rgb.detach(), torch.autograd.grad(rgb.square().mean() + alpha.square().mean(), leaf)[0]
+
+    _, (a, da), (b, db) = [backward(renderer) for renderer in renderers]
+    print(f"render 64^3, 128 px, 64 samples: colours within {(a - b).abs().max():.1e}, "
+          f"gradients within {(da - db).abs().max() / da.abs().max():.1e} of the largest")
+    with torch.no_grad():
+        forward = in_turns([lambda r=r: r(volume, *rays, 64) for r in renderers], 15)
+    for what, times in (("forward", forward),
+                        ("with backward", in_turns([lambda r=r: backward(r) for r in renderers], 8))):
+        print(f"{what:<14} ours {times[0]:6.1f} ms, and {times[1]:6.1f} ms with every sample; "
+              f"PyTorch3D {times[2]:6.1f} ms: {times[2] / times[0]:.1f}x and {times[2] / times[1]:.1f}x")
+    if picture:
+        rows = [[*some[0], colours.view(128, 128, 3)] for some, colours in ((ours, a), (its, b))]
+        save_picture(picture, grid(to_bytes(torch.stack(sum(rows, []))).numpy(), 7))
+
+
 def export_rows(folder):
     """What meshes and the page cost, on one core, and what they lose: of nine objects, spread over all"""
     torch.set_num_threads(1)
@@ -173,6 +221,9 @@ def main():
     headphone = load_obj(golden / "ShapeNetCore.v2/03261776/golden_headphone/models/model_normalized.obj")
     views = np.load(golden / "golden_headphone.npz")
     poses = stage.opencv_from_pytorch3d(views["R"], views["T"])
+    if "--pytorch3d" in sys.argv:
+        picture = (sys.argv + [""])[sys.argv.index("--pytorch3d") + 1]
+        return pytorch3d_rows(headphone, poses, views["K"], picture)
     pose, K = camera_to_world_at(30, 20, 1.3), intrinsics_at(128, 131.25)
     for supersample in (1, 2):
         each = [best(lambda: stage.rasterize(headphone, poses[k], views["K"][k], 128, supersample))
