@@ -24,6 +24,7 @@ read Config, Autodecoder, draw_batch, recolouring, photos_nobody_took, reconstru
 """
 import json
 import math
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import render_shapenet
-from common import (BETAS, CLIP, Run, UserError, command, digest, learning_rate_share, load_stage,
+from common import (BETAS, CLIP, Run, UserError, command, digest, fill, learning_rate_share, load_stage,
                     parse_config, pick_device, save_figure, save_preview, save_text, saved_config)
 from shapes.photos import kinds_of, read_photos
 from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
@@ -58,9 +59,9 @@ class Config:
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first
     # photos that nobody took
-    recolour: float = 0.5                # share of a step's objects in another one's colours (from 0 to 1)
-    stretched: float = 0.5               # first share of objects to stretch; falls to 0.2 of it (from 0 to 1)
-    stretch: float = 0.18                # log of the largest stretch along an axis (from 0.01 to 1)
+    recolour: float = 0.5                # first share of objects in another one's colours (from 0 to 1)
+    stretched: float = 0.5               # first share of stretched objects.  Both fall to 0 (from 0 to 1)
+    stretch: float = 0.14                # log of the largest stretch along an axis (from 0.01 to 1)
     # training
     steps: int = 6000                    # gradient steps (at least 1)
     batch_objects: int = 8               # objects in a step (at least 1)
@@ -88,8 +89,7 @@ PRESETS = {
                 preview_every=2000, save_every=1000),
     "smoke": dict(size=32, objects=4, steps=40, channels=(16,), shape_width=8, colour_width=8, rays=512,
                   batch_objects=2, samples=12, dense_steps=20, preview_every=20, save_every=20, log_every=5),
-    # Choices of the paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small
-    # latent.  (One more of them is exercise 2 of lab/README.md)
+    # The paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small latent
     "notebook": dict(latent_resolution=4, channels=(32, 16, 16), mask_weight=0.0, foreground=0.0,
                      batch_objects=1, batch_views=1, code_decay=0.0, recolour=0.0, stretched=0.0),
 }
@@ -206,13 +206,13 @@ def fast_precision(config, device):
 
 def load_autodecoder(folder, device="cpu"):
     """The trained model of a run, built from the config that it was trained with -> model, objects' names"""
-    state = load_stage(folder, "stage 1's model", "autodecoder.py", "model")
-    model = Autodecoder(saved_config(Config, state, folder), len(state["names"]))
-    model.load_state_dict(state["model"])
+    state = load_stage(folder, "stage 1's model", "autodecoder.py", "model", "names")
+    with torch.device("meta"):                      # shapes alone: `fill` compares them first
+        model = Autodecoder(saved_config(Config, state, folder), len(state["names"]))
     for name in state["names"]:                     # they become folders: none may lead out of its place
-        if Path(name).name != name or name in ("", "..") or not name.isprintable():
+        if type(name) is not str or Path(name).name != name or name in ("", "..") or not name.isprintable():
             raise UserError(f"{folder}/last.pt: {name!r} is no name of an object")
-    return model.to(device).eval().requires_grad_(False), state["names"]
+    return fill(model, state["model"], folder).to(device).eval().requires_grad_(False), state["names"]
 
 
 def fingerprint(model):
@@ -259,15 +259,15 @@ def power(matrix, exponent):
     return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
 
 
-def photos_nobody_took(objects, batch, palettes, extents, config, share, generator):
-    """Paints some objects of a batch in others' colours, and stretches a share of them -> whose colours (B,),
-    log stretches (B,3), the changed batch"""
+def photos_nobody_took(objects, batch, palettes, extents, config, left, generator):
+    """Paints some objects of a batch in others' colours, and stretches some -> whose colours (B,), log
+    stretches (B,3), the changed batch.  `left`: of the shares in Config, falling from 1 to 0"""
     origins, directions, rgb, opacity = batch
     B = len(objects)
 
     # A photo is opacity x colour + (1 - opacity) x white: only the first part is painted
     others = torch.randint(len(extents), (B,), generator=generator)
-    whose = torch.where(torch.rand(B, generator=generator) < config.recolour, others, objects)
+    whose = torch.where(torch.rand(B, generator=generator) < left * config.recolour, others, objects)
     A, b = recolouring(palettes, objects, whose)
     white = 1 - opacity[..., None]
     painted = (rgb - white) @ A.mT + opacity[..., None] * b[:, None] + white
@@ -278,7 +278,7 @@ def photos_nobody_took(objects, batch, palettes, extents, config, share, generat
     stretch = config.stretch * (2 * torch.rand(B, 3, generator=generator) - 1)
     extent = extents[objects]
     longer = (stretch.exp() * extent).norm(dim=1, keepdim=True) / extent.norm(dim=1, keepdim=True)
-    chosen = torch.rand(B, 1, generator=generator) < share
+    chosen = torch.rand(B, 1, generator=generator) < left * config.stretched
     stretch = torch.where(chosen, stretch - longer.log(), torch.zeros(()))
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
     return whose, stretch, (origins * D, directions * D, rgb, opacity)
@@ -319,14 +319,14 @@ def table(rows, kinds):
 
 def plot_log(folder, ylabel, **labels):
     """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
-    rows = []
-    for line in open(Path(folder) / "log.jsonl", errors="replace"):
-        with suppress(ValueError):                    # a line that a kill cut off in the middle
-            rows.append(json.loads(line))
+    rows, log = [], Path(folder) / "log.jsonl"
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():   # not if cut off
+        with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            rows.append({key: float(value) for key, value in json.loads(line).items()})
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axis = figure.subplots()
     for key, label in labels.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if {"step", key} <= set(row)]
         if points:
             often = len(points) > 50
             axis.plot(*zip(*points), lw=0.7 if often else 1.5, marker="" if often else "o", ms=3, label=label)
@@ -343,7 +343,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     device = pick_device(config.device)
 
     # The photos.  The last ones of each object are held out
-    if not Path(config.data).exists() and config.data == Config.data:
+    if not os.path.exists(config.data) and config.data == Config.data:
         print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
         render_shapenet.main([])
     photos = read_photos(config.data, config.size, config.objects)
@@ -360,12 +360,12 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     codes = [model.shapes, model.colours]
     decoder = [p for name, p in model.named_parameters() if name not in ("shapes", "colours")]
     optimizer = torch.optim.Adam([{"params": decoder}, {"params": codes}], betas=BETAS)
-    state, step = run.load(), 0
+    state, step = run.load("names", "model", "optimizer", "step"), 0
     if state:
         if state["names"] != photos.names:
             raise UserError(f"{config.out} was trained on other objects than those in {config.data}: use "
                             "another --out, or --fresh")
-        model.load_state_dict(state["model"])
+        fill(model, state["model"], config.out)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         print(f"going on from step {step} of {config.out}/last.pt")
@@ -387,8 +387,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
             # Batch.  All that is random follows from (seed, step): resuming needs the step's number alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             objects, *batch = draw_batch(photos, config, train_views, generator)
-            share = config.stretched * (1 - 0.8 * step / config.steps)
-            whose, stretch, batch = photos_nobody_took(objects, batch, palettes, extents, config, share,
+            left = 1 - step / config.steps                     # at the end all photos are real ones
+            whose, stretch, batch = photos_nobody_took(objects, batch, palettes, extents, config, left,
                                                        generator)
             stretch, *batch = [t.to(device) for t in (stretch, *batch)]
 
@@ -409,8 +409,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
 
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, loss=loss.item(), psnr=-10 * math.log10(photo.item() + 1e-10),
-                        alpha=alpha.item(), lr=rates * config.decoder_lr)
+                seen = -10 * math.log10(photo.item() + 1e-10)
+                run.log(step, config.steps, loss=loss.item(), training_psnr=seen, alpha=alpha.item(),
+                        lr=rates * config.decoder_lr)
             if step % config.preview_every == 0 or step == config.steps:
                 rows = score_views(model, model.codes[shown], photos, shown, test_views[:4])
                 full, foreground = mean_of(rows, "ours"), mean_of(rows, "ours_fg")
@@ -429,7 +430,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     text = table(rows, kinds_of(config.data, photos.names))
     print(text)
     save_text(run.folder / "table.txt", text + "\n")
-    plot_log(run.folder, "PSNR (dB)", psnr="training rays", heldout="held-out views",
+    plot_log(run.folder, "PSNR (dB)", training_psnr="training rays", heldout="held-out views",
              heldout_foreground="held-out views, foreground")
     draw_pipeline(model, photos, run.folder / "figure1.png")
     print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png, previews/.  "

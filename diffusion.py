@@ -13,7 +13,7 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
                   the shape of neighbours, the colours of another object, a little wider or taller
     levels        Up to sigma = 12 a perfect denoiser still recognises the object.  The choice between objects
                   happens at larger sigma, so we place many training levels there.  See levels.png
-    components    A latent has 8,192 numbers, but latents vary in some 300 directions: it sees those alone
+    components    A latent has 8,192 numbers, but latents vary in some 200 directions: it sees those alone
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from autodecoder import fingerprint, load_autodecoder, plot_log
-from common import (BETAS, CLIP, Run, UserError, command, learning_rate_share, load_stage, parse_config,
+from common import (BETAS, CLIP, Run, UserError, command, fill, learning_rate_share, load_stage, parse_config,
                     pick_device, save_figure, save_preview, saved_config, to_bytes)
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
@@ -47,13 +47,12 @@ class Config:
     recombinations: int = 4096           # how many there are to learn from (at least 1)
     among: int = 8                       # shapes are mixed within the nearest 8, itself too; 0: any with any
     spread: float = 1.6                  # 1: between the mixed shapes; above: also beyond them (from 0 to 4)
-    stretch: float = 0.75                # their largest stretch, as a share of stage 1's (from 0 to 1)
-    components: int = 320                # principal components that the network sees (from 1 to 3000)
+    components: int = 240                # principal components that the network sees (from 1 to 3000)
     # the noise, and the network that removes it
     formulation: str = "edm"             # edm | ddpm: see denoising_loss; ddpm once took 1.6 times the steps
     low: float = 0.1                     # the least sigma, in deviations of the latents (from 0.0001 to 10)
     width: int = 1024                    # hidden units (at least 1)
-    layers: int = 3                      # hidden layers
+    layers: int = 3                      # hidden layers (from 0 to 100)
     embedding: int = 64                  # sines and cosines of the noise level (at least 2)
     # training
     steps: int = 5000                    # gradient steps: more end nearer to what it learns from (at least 1)
@@ -208,7 +207,7 @@ class Denoiser(nn.Module):
 
 def load_denoiser(folder, device="cpu", autodecoder=""):
     """A run -> the autodecoder that it was trained on (or a copy of it), its objects' names, the denoiser"""
-    state = load_stage(folder, "stage 2's denoiser", "diffusion.py", "denoiser")
+    state = load_stage(folder, "stage 2's denoiser", "diffusion.py", "denoiser", "autodecoder")
     config = saved_config(Config, state, folder)
     first = autodecoder or config.autodecoder
     model, names = load_autodecoder(first, device)
@@ -216,9 +215,9 @@ def load_denoiser(folder, device="cpu", autodecoder=""):
     if fingerprint(model) != state["autodecoder"]:
         raise UserError(f"{folder} was trained on another autodecoder than {first} is now. "
                         f"Run: python diffusion.py --autodecoder {first} --out {folder} --fresh")
-    denoiser = Denoiser(config, model).to(device)
-    denoiser.load_state_dict(state["denoiser"])
-    return model, names, denoiser.eval().requires_grad_(False)
+    with torch.device("meta"):
+        denoiser = Denoiser(config, model)
+    return model, names, fill(denoiser, state["denoiser"], folder).to(device).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------- the noise levels
@@ -349,7 +348,7 @@ def recombined(model, count, generator, config):
 
     # Colours and stretches, as far as stage 1 has shown them; the box's diagonal stays that of an object
     whose = torch.randint(N, (count,), generator=generator) if model.config.recolour else first[:, 0]
-    stretch = config.stretch * (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
+    stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
     codes = torch.cat([shape, model.colours[whose.to(shapes.device)], stretch], 1)
     longer = (diagonals(model, codes) / diagonals(model, model.codes).mean()).log().clamp(-0.5, 0.5)
     codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
@@ -403,13 +402,13 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
     data, sigma, entropy = denoiser.fit(codes, own, generator)
     average = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.network.parameters(), betas=BETAS)
-    state, step = run.load(), 0
+    state, step = run.load("autodecoder", "denoiser", "raw", "optimizer", "step"), 0
     if state:
         if state["autodecoder"] != fingerprint(model):
             raise UserError(f"{config.out} was trained on another autodecoder than {config.autodecoder} is: "
                             "start over with --fresh, or use another --out")
-        average.load_state_dict(state["denoiser"])
-        denoiser.load_state_dict(state["denoiser"] | state["raw"])
+        fill(average, state["denoiser"], config.out)
+        fill(denoiser, state["denoiser"] | state["raw"], config.out)
         optimizer.load_state_dict(state["optimizer"])
         step, data = state["step"], denoiser.to_components(latents_of(model, codes))    # in the saved basis
         print(f"going on from step {step} of {config.out}/last.pt")

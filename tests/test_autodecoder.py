@@ -99,9 +99,12 @@ def test_recoloured_photos_have_the_other_palette(data):
 
     config = replace(stage.Config(), rays=4000, batch_objects=3, recolour=1.0, batch_views=4)
     objects, *batch = stage.draw_batch(photos, config, views, torch.Generator().manual_seed(0))
-    arguments = objects, batch, palettes, photos.extents(views), config, 0.0
-    whose, stretch, new = stage.photos_nobody_took(*arguments, torch.Generator().manual_seed(3))
+    config.stretched = 0.0
+    arguments = objects, batch, palettes, photos.extents(views), config
+    whose, stretch, new = stage.photos_nobody_took(*arguments, 1.0, torch.Generator().manual_seed(3))
     assert not torch.equal(whose, objects) and (stretch == 0).all()
+    last = stage.photos_nobody_took(*arguments, 0.0, torch.Generator().manual_seed(3))
+    assert torch.equal(last[0], objects)                          # at the end all photos are real ones
     assert all(torch.equal(batch[k], new[k]) for k in (0, 1, 3))
     assert (new[2][batch[3] == 0] - 1).abs().max() < 1e-5                             # white stays white
     for one, (o, k) in enumerate(zip(objects, whose)):
@@ -112,7 +115,7 @@ def test_recoloured_photos_have_the_other_palette(data):
 def test_stretched_rays_see_the_stretched_object():
     """A volume stretched by D along its axes, seen by the rays as they are, is it along (D o, D d)."""
     torch.manual_seed(0)
-    config = replace(stage.Config(), batch_objects=1, recolour=0.0)
+    config = replace(stage.Config(), batch_objects=1, recolour=0.0, stretched=1.0)
     pose = volume_render.cameras([(30, 20)])
     origins, directions = volume_render.camera_rays(pose, common.intrinsics_at(32).float()[None], 32)
     batch = origins, directions, torch.ones_like(origins), torch.ones(1, 1024)

@@ -498,10 +498,28 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
     # One's own run takes precedence, and stands beside it; the box may also be named
     sample.main(["--diffusion", str(diffused), "--count", "2", "--views", "0"])
     assert f"{diffused}/last.pt" in capsys.readouterr().out and (tmp_path / "samples/beside.png").exists()
+    # ... but not beside samples of other objects than the box's
+    monkeypatch.setattr(sample, "load_autodecoder", lambda folder: (None, ["another"]))
+    sample.main(["--diffusion", str(diffused), "--count", "2", "--views", "0"])
+    assert not (tmp_path / "samples/beside.png").exists()
     both = [sample.load_models(sample.Config(diffusion=where), "cpu")
             for where in ("box/diffusion", str(diffused))]
     a, b = (stage.sample(denoiser, [0, 1]) for _, _, denoiser in both)
     assert 0 < (a - b).norm() < 0.02 * b.norm()                                       # half precision
+
+
+def test_long_names_stay_below_their_own_tile(diffused):
+    """ShapeNet's and SRN's names have 24 characters and more"""
+    model, names, denoiser = sample.load_models(sample.Config(diffusion=str(diffused)), "cpu")
+    training = stage.latents_of(model, model.codes)
+    views = volume_render.render_views(model, training, volume_render.cameras(volume_render.ANGLES), 64)
+    rows = sample.novelty(training, training, itself=True)
+    sheet = sample.contact_sheet(views, rows, range(len(rows)), views, ["W" * 40] * len(names))
+    tile = 2 * volume_render.SIZE
+    captions = sheet[14 + tile:14 + tile + 14]                                       # of the first sample
+    assert (captions[:, 5 * (tile + 4):] < 128).any()
+    for column in range(5, 11):                                    # white between one caption and the next
+        assert (captions[:, column * (tile + 4) - 1:column * (tile + 4) + 1] == 255).all()
 
 
 def test_what_an_earlier_model_left_goes_and_two_do_not_share_a_folder(diffused, tmp_path):
