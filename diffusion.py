@@ -17,8 +17,8 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                        no copies, none of the samples in pieces (rows D15, V4)
-     python diffusion.py --mix 0 --out runs/copies    nothing recombined: d1 is 115 for 165 (row D16)
+run  python diffusion.py                        no copies, none of the samples in pieces (rows D17, V5)
+     python diffusion.py --mix 0 --out runs/copies    nothing recombined: nearer to the 72 (row D16)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
 import copy

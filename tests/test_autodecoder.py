@@ -141,7 +141,7 @@ def test_extents_are_the_bounding_boxes(data):
 
 def test_a_code_is_shape_and_colours_and_stretch():
     model = stage.Autodecoder(replace(stage.Config(), channels=(16,), shape_width=5, colour_width=4), 3)
-    one = model.code(torch.tensor([2]), torch.tensor([0]), torch.tensor([[0.18, 0.0, -0.09]]))
+    one = model.code(torch.tensor([2]), torch.tensor([0]), torch.tensor([[0.14, 0.0, -0.07]]))
     assert torch.equal(one[:, :5], model.shapes[2:]) and torch.equal(one[:, 5:9], model.colours[:1])
     assert (one[0, 9:] - torch.tensor([1, 0, -0.5])).abs().max() < 1e-6
     assert torch.equal(model.codes[:, :9], torch.cat([model.shapes, model.colours], 1))
