@@ -251,6 +251,7 @@ def test_the_linear_guess_is_the_best_one_of_a_bell():
     ({"components": 20, "width": 64, "layers": 0}, (3, 4, 4, 4)),
     ({"embedding": 7}, (16, 8, 8, 8))])
 def test_denoisers(options, shape):
+    torch.manual_seed(0)
     denoiser = stage.Denoiser(replace(stage.Config(), **options), Linear(30, shape=shape))
     torch.nn.init.normal_(denoiser.basis)
     assert sum(p.numel() for p in denoiser.network.parameters()) < 5e6
@@ -262,7 +263,7 @@ def test_denoisers(options, shape):
     b = denoiser.network(x, torch.tensor([0.0, 1.0]))
     assert a.shape == (2, 6)
     assert torch.allclose(a[0], b[0], atol=1e-5)
-    assert (a[1] - b[1]).abs().max() > 1e-4                                      # level is used
+    assert (a[1] - b[1]).abs().max() > 2e-5                                      # level is used
     a.sum().backward()
     assert all(p.grad is not None for p in denoiser.network.parameters())
     assert not any("model" in name for name in denoiser.state_dict())            # G1 is not saved again
@@ -309,15 +310,15 @@ def test_nothing_is_recombined_that_stage_1_has_not_shown(trained):
 
 
 def test_recombined_volumes_have_the_usual_diagonal():
-    """Of a model whose volumes are boxes with the sides 2^stretch / 2: all diagonals come out equal"""
+    """Of a model whose volumes are boxes with the sides 2^(0.75 stretch) / 2: all diagonals come out equal"""
     class Boxes:
         shapes, colours = torch.zeros(3, 2), torch.zeros(3, 2)
         field = staticmethod(lambda channels, position: (channels[..., 0], channels[..., :3]))
-        config = SimpleNamespace(stretch=math.log(2), stretched=0.5, recolour=0.5)
+        config = SimpleNamespace(stretch=0.75 * math.log(2), stretched=0.5, recolour=0.5)
         codes = torch.zeros(3, 7)
 
         def volumes_of(self, codes):
-            half = 2.0 ** codes[:, -3:, None] / 4                                        # (B,3,1)
+            half = 2.0 ** (0.75 * codes[:, -3:, None]) / 4                                        # (B,3,1)
             inside = (torch.arange(64) + 0.5 - 32).abs() / 64 < half                     # (B,3,64)
             x, y, z = inside.unbind(1)
             box = z[:, :, None, None] & y[:, None, :, None] & x[:, None, None]
@@ -370,7 +371,7 @@ def test_parts_of_samples_are_exchanged(diffused, trained, tmp_path):
     assert torch.equal(shaped[:, :8], other[:8].expand(3, -1)) and torch.equal(shaped[1, -3:], other[-3:])
     assert torch.equal(shaped[:, 8:-3], model.colours[1].expand(3, -1))
     taller = ask(stretch=(1.0, 1.0, 1.2)) - codes
-    assert (taller[:, :-1] == 0).all() and (taller[:, -1] - math.log(1.2) / 0.18).abs().max() < 1e-5
+    assert (taller[:, :-1] == 0).all() and (taller[:, -1] - math.log(1.2) / 0.14).abs().max() < 1e-5
     told(lambda: ask(shape_of="train_0"), "train_0", "no training object and no seed", names[0])
     told(lambda: sample.main(["--stretch", "1", "1.2"]), "--stretch", "three")
     told(lambda: sample.main(["--stretch", "1", "1", "9"]), "--stretch", "1.4")
