@@ -10,9 +10,9 @@ SMOKE = '''
 STAGE_0 = "--objects 4 --views 10 --size 32"
 STAGE_1 = "--preset smoke"
 STAGE_2 = "--preset smoke"
-STAGE_3 = "--count 2 --views 2 --size 32"
-BOX_SAMPLES = "--count 2 --views 0"
-BOX_EXPORT = "--count 2 --frames 2 --sheet 0 --resolution 24"
+STAGE_3 = "--count 2 --steps 3 --views 2 --size 32"
+BOX_SAMPLES = "--count 1 --steps 3 --views 0"
+BOX_EXPORT = "--count 1 --steps 3 --frames 2 --sheet 0 --resolution 24"
 '''
 
 
@@ -39,7 +39,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
 
     # What the scripts wrote is there, and each of the pictures stands under its cell
     for file in ("samples/box/sheet.png", "runs/autodecoder/last.pt", "runs/diffusion/last.pt",
-                 "samples/beside.png", "samples/taller/sheet.png"):
+                 "samples/beside.png", "samples/one_shape/sheet.png"):
         assert (tmp_path / file).exists(), file
     assert not (tmp_path / "chapters/runs").exists()
     wanted = sum(cell.source.count("display(") for cell in book.cells if cell.cell_type == "code") - 1
