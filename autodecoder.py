@@ -260,8 +260,8 @@ def power(matrix, exponent):
 
 
 def photos_nobody_took(objects, batch, palettes, extents, config, left, generator):
-    """Paints some objects of a batch in others' colours, and stretches some -> whose colours (B,), log
-    stretches (B,3), the changed batch.  `left`: of the shares in Config, falling from 1 to 0"""
+    """Paints some objects in others' colours, and stretches some -> whose colours (B,), log stretches (B,3),
+    the changed batch.  `left`: how much is left of the shares in Config, from 1 to 0"""
     origins, directions, rgb, opacity = batch
     B = len(objects)
 
@@ -317,16 +317,21 @@ def table(rows, kinds):
     return "\n".join(lines)
 
 
-def plot_log(folder, ylabel, **labels):
-    """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
+def read_log(folder):
+    """The rows of log.jsonl.  Lines that a kill cut off, or that are no rows, are passed over"""
     rows, log = [], Path(folder) / "log.jsonl"
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():   # not if cut off
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             rows.append({key: float(value) for key, value in json.loads(line).items()})
+    return rows
+
+
+def plot_log(folder, ylabel, **labels):
+    """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axis = figure.subplots()
     for key, label in labels.items():
-        points = [(row["step"], row[key]) for row in rows if {"step", key} <= set(row)]
+        points = [(row["step"], row[key]) for row in read_log(folder) if {"step", key} <= set(row)]
         if points:
             often = len(points) > 50
             axis.plot(*zip(*points), lw=0.7 if often else 1.5, marker="" if often else "o", ms=3, label=label)
@@ -409,9 +414,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
 
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
-                seen = -10 * math.log10(photo.item() + 1e-10)
-                run.log(step, config.steps, loss=loss.item(), training_psnr=seen, alpha=alpha.item(),
-                        lr=rates * config.decoder_lr)
+                run.log(step, config.steps, loss=loss.item(), alpha=alpha.item(),
+                        training_psnr=-10 * math.log10(photo.item() + 1e-10), lr=rates * config.decoder_lr)
             if step % config.preview_every == 0 or step == config.steps:
                 rows = score_views(model, model.codes[shown], photos, shown, test_views[:4])
                 full, foreground = mean_of(rows, "ours"), mean_of(rows, "ours_fg")

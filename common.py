@@ -219,7 +219,7 @@ def save_checkpoint(file, state):
         if zipfile.ZipFile(temporary).testzip():
             raise OSError("it does not read back as written")
 
-def load_checkpoint(file, *parts, hint=""):
+def load_checkpoint(file, *parts):
     """What save_checkpoint wrote, on the CPU, verified; it must have these parts"""
     # A pipe or a device in its place might never end, so it is not opened
     if not os.path.isfile(file):
@@ -244,25 +244,28 @@ def load_checkpoint(file, *parts, hint=""):
         if not isinstance(state.get(part), kind):
             held = ", ".join(f"{key} ({type(value).__name__})" for key, value in state.items())
             raise UserError(f"{file} holds something else ({held[:200]}), where {part} ({kind.__name__}) is "
-                            f"wanted{hint}")
+                            "wanted")
     return state
 
-def load_newest(folder, *parts, say=print, hint=""):
+def load_newest(folder, *parts, say=print):
     """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither."""
     last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
     if not os.path.lexists(last) and not previous.exists():
         return None
     try:
-        return load_checkpoint(last, *parts, hint=hint)
+        return load_checkpoint(last, *parts)
     except UserError as error:
         if not previous.exists():
             raise
         say(f"!! {error}: taking {previous}, the checkpoint before it")
-    return load_checkpoint(previous, *parts, hint=hint)
+    return load_checkpoint(previous, *parts)
 
 def load_stage(folder, what, script, *parts):
     """What an earlier stage saved in its folder; one of the parts is in no other stage's checkpoint."""
-    state = load_newest(folder, "config", *parts, hint=f": this needs {what}, as python {script} makes it")
+    try:
+        state = load_newest(folder, "config", *parts)
+    except UserError as error:
+        raise UserError(f"this needs {what}, as python {script} makes it: {error}") from None
     if state is None:
         raise UserError(f"this needs {what}, and {folder}/last.pt is not there. Run: python {script}")
     return state
@@ -283,8 +286,8 @@ def fill(network, weights, folder):
     # holds is refused before anything is built; else the file's tensors become such a network's own
     wanted = network.state_dict()
     kind = lambda some: f"{some.dtype} {[*some.shape]}" if isinstance(some, torch.Tensor) else type(some)
-    full = lambda some: some.float() if getattr(some, "dtype", 0) == torch.half else some
-    weights = {name: full(some) for name, some in weights.items()}
+    weights = {name: some.float() if getattr(some, "dtype", 0) == torch.half else some
+               for name, some in weights.items()}
     for name in [*wanted, *weights]:
         here, there = [kind(some[name]) if name in some else "nothing" for some in (weights, wanted)]
         if here != there or not weights[name].isfinite().all():
@@ -455,7 +458,8 @@ def to_bytes(picture):
 def grid(pictures, columns, gap=2):
     """Pictures (N,H,W,3) uint8, a tensor or array -> one array, `columns` to a row, white between them."""
     # White pictures fill the last row.  Each picture has a gap on its right and below; the outermost are cut
-    padded = np.pad(pictures, ((0, -len(pictures) % columns), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    missing = -len(pictures) % columns
+    padded = np.pad(pictures, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
     _, H, W, _ = padded.shape
     sheet = padded.reshape(-1, columns, H, W, 3).swapaxes(1, 2).reshape(-1, columns * W, 3)
     return sheet[:len(sheet) - gap, :columns * W - gap]

@@ -15,7 +15,6 @@ import json
 import math
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,16 +85,12 @@ def one_run(config, first, second, seed):
             raise ValueError("its numbers are no pairs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{tables} cannot be read ({error!r}): delete it and run this again")
-    return {"PSNR": held_out_psnr(stage1 / "log.jsonl"), **row}
+    return {"PSNR": held_out_psnr(stage1), **row}
 
 
-def held_out_psnr(log):
-    """The last one of a log, or NaN.  Lines that a kill cut off, or that are no rows, are passed over"""
-    psnr = math.nan
-    for line in log.read_bytes().splitlines() if log.is_file() else ():
-        with suppress(ValueError, TypeError, RecursionError, AttributeError):
-            psnr = float(json.loads(line).get("heldout", psnr))
-    return psnr
+def held_out_psnr(folder):
+    """The last one of a run's log, or NaN"""
+    return ([math.nan] + [row["heldout"] for row in autodecoder.read_log(folder) if "heldout" in row])[-1]
 
 
 def main(argv=None):

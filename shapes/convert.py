@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common import UserError, command, parse_config, plain, save_figure
+from common import UserError, command, intrinsics_at, parse_config, plain, save_figure
 from shapes.photos import (WHITE, atomic_folder, check_border, check_rotation, check_views, numbers, on_white,
                            open_picture, visible, write_intrinsics, write_view)
 
@@ -335,7 +335,7 @@ def convert(scene, model, config, folder):
     poses = torch.stack([aim(view.pose) for view in whole])
     seen = (points - poses[:, None, :3, 3]) @ poses[:, :3, :3]                         # (V,N,3)
     f = (FILL * config.size / 2 / (seen[..., :2].abs() / seen[..., 2:].clamp(min=0.05)).max()).item()
-    K = torch.tensor([[f, 0, config.size / 2], [0, f, config.size / 2], [0, 0, 1]], dtype=torch.float64)
+    K = intrinsics_at(config.size, f * 128 / config.size)
 
     photos, masks = [], True
     for view, pose in zip(whole, poses):

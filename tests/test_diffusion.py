@@ -258,12 +258,12 @@ def test_denoisers(options, shape):
     x = denoiser.to_components(torch.randn(2, *shape))
     assert denoiser.network(x, torch.zeros(2)).abs().max() == 0             # begins as the linear guess
     for p in denoiser.network.parameters():
-        torch.nn.init.normal_(p, std=0.05)
+        torch.nn.init.normal_(p, std=0.1)
     a = denoiser.network(x, torch.tensor([0.0, 0.0]))
     b = denoiser.network(x, torch.tensor([0.0, 1.0]))
     assert a.shape == (2, 6)
     assert torch.allclose(a[0], b[0], atol=1e-5)
-    assert (a[1] - b[1]).abs().max() > 2e-5                                      # level is used
+    assert (a[1] - b[1]).abs().max() > 1e-4                                      # level is used
     a.sum().backward()
     assert all(p.grad is not None for p in denoiser.network.parameters())
     assert not any("model" in name for name in denoiser.state_dict())            # G1 is not saved again
@@ -488,7 +488,7 @@ def test_the_model_in_the_box_is_used_when_nothing_is_trained(trained, diffused,
                                                               monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "BOX", tmp_path / "box")
-    monkeypatch.setattr(sample, "write_gallery", lambda *_, **__: None)         # (other tests look at the page)
+    monkeypatch.setattr(sample, "write_gallery", lambda *_, **__: None)       # (it has other tests)
     box.main(["--diffusion", str(diffused), "--out", "box"])
     assert (tmp_path / "box/diffusion/last.pt").stat().st_size < (diffused / "last.pt").stat().st_size / 1.9
     told(lambda: sample.main(["--diffusion", "gone"]), "is --diffusion right", "python autodecoder.py")

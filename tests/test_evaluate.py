@@ -322,14 +322,14 @@ def test_a_worker_whose_disk_is_full_is_one_sentence(tmp_path, monkeypatch):
 
 def test_lines_of_a_log_that_are_no_rows_are_passed_over(tmp_path):
     log = tmp_path / "log.jsonl"
-    assert math.isnan(sweep.held_out_psnr(log))
+    assert math.isnan(sweep.held_out_psnr(tmp_path))
     log.write_bytes(b'{"step": 1, "heldout": 20.5}\nnull\n[3]\n\xff\0\n{"heldout": {}}\n{"step": 2}\n{"hel')
-    assert sweep.held_out_psnr(log) == 20.5
+    assert sweep.held_out_psnr(tmp_path) == 20.5
     log.write_bytes(b"[" * 100_000)
-    assert math.isnan(sweep.held_out_psnr(log))
+    assert math.isnan(sweep.held_out_psnr(tmp_path))
     log.unlink()
     os.mkfifo(log)                                                       # which would never end
-    assert math.isnan(sweep.held_out_psnr(log))
+    assert math.isnan(sweep.held_out_psnr(tmp_path))
 
 
 @pytest.mark.parametrize("content", ['{"rows": {"ou', "[]", '{"rows": {}}', '{"rows": {"ours": {"d1": 3}}}'])
