@@ -17,7 +17,7 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                        no copies, none of the samples in pieces (rows D17, V5)
+run  python diffusion.py                        no copies, none of the samples in pieces (rows D17, V6)
      python diffusion.py --mix 0 --out runs/copies    nothing recombined: nearer to the 72 (row D16)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
@@ -122,9 +122,9 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
 
-    def forward(self, x, level):
+    def forward(self, x, level, *told):
         """x (B,K), level = log(sigma) / 4 (B,) -> (B,W)"""
-        h = self.enter(torch.cat([x, level_embedding(level, self.half)], 1))
+        h = self.enter(torch.cat([x, level_embedding(level, self.half), *told], 1))
         for layer in self.hidden:
             h = h + layer(h)
         return self.leave(h)
@@ -185,13 +185,18 @@ class Denoiser(nn.Module):
         """Places in [0, 1] -> noise levels sigma, of the table"""
         return self.levels[(u * (LEVELS - 1)).round().long()]
 
-    def guess(self, x, sigma):
+    def guess(self, x, sigma, *told):
         """x = z + sigma n (B,K), sigma (B,1) -> the code that it can have come from (B,W)"""
         # The components that noise has not drowned give a linear guess.  The network learns the rest.  Its
         # input has unit variance at every sigma, and its output counts in the codes' own deviations
         total = (sigma ** 2 + self.deviation ** 2).sqrt()
         linear = (self.deviation ** 2 / total ** 2 * x) @ self.to_code
-        return self.mean + self.spread * (linear + self.network(x / total, sigma.flatten().log() / 4))
+        return self.mean + self.spread * (linear + self.network(x / total, sigma.flatten().log() / 4,
+                                                                    *told))
+
+    def told(self, item, generator):
+        """What else the network is told of the codes with these numbers (B,): nothing.  See chapters/prompt.py"""
+        return ()
 
     def error(self, guess, codes, z):
         """D - z (B,K), nearly: from codes (B,W) by the matrix, not by G1.  (z is for chapters/unet.py)"""
@@ -205,7 +210,7 @@ class Denoiser(nn.Module):
         return latents_of(self.model[0], codes)
 
 
-def load_denoiser(folder, device="cpu", autodecoder=""):
+def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=Denoiser):
     """A run -> the autodecoder that it was trained on (or a copy of it), its objects' names, the denoiser"""
     state = load_stage(folder, "stage 2's denoiser", "diffusion.py", "denoiser", "autodecoder")
     config = saved_config(Config, state, folder)
@@ -256,7 +261,7 @@ def choose_levels(points, least, generator):
 
 
 # ---------------------------------------------------------------------------- one noise, and two formulations
-def denoising_loss(denoiser, z, codes, noise, u):
+def denoising_loss(denoiser, z, codes, noise, u, *told):
     """Components z and noise (B,K), the codes they come from (B,W), places u (B,) in [0, 1] of levels -> (B,)
 
     DDPM (Ho et al. 2020; a: their alpha-bar) has x' = sqrt(a) z + sqrt(1 - a) n and predicts n.  Divide x' by
@@ -268,7 +273,7 @@ def denoising_loss(denoiser, z, codes, noise, u):
         EDM      1 / (sigma^2 + a tenth of the variance of z)         Heun: noise only at first"""
     # Components count by their share of the variance: else many short ones outweigh those that make the shape
     sigma, variance = denoiser.level(u)[:, None], denoiser.deviation ** 2
-    error = denoiser.error(denoiser.guess(z + sigma * noise, sigma), codes, z)
+    error = denoiser.error(denoiser.guess(z + sigma * noise, sigma, *told), codes, z)
     least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * variance
     return (variance / variance.mean() * error.square() / (sigma ** 2 + least)).mean(1)
 
@@ -327,10 +332,8 @@ def latents_of(model, codes):
     return torch.cat([model.to_latent(part).float() for part in codes.split(64)])
 
 
-@torch.no_grad()
-def recombined(model, count, generator, config):
-    """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
-    object, and a stretch"""
+def draw_parents(model, count, generator, config):
+    """-> whose shapes are to be mixed (count,3), their weights (count,3), and whose colours (count,)"""
     shapes, N = model.shapes, len(model.shapes)
     # An object's shape is mixed with two shapes near it (every other time with one).  Far shapes are not
     # mixed, because nothing is half-way between a bud and a headphone
@@ -343,13 +346,22 @@ def recombined(model, count, generator, config):
     # A mean lies between its parts, so mixtures vary less than objects do.  Weights that are further from
     # equal, some of them below 0, bring the variety back
     equal = (share > 0).float() / (share > 0).sum(1, keepdim=True)
-    share = (equal + config.spread * (share - equal)).to(shapes.device)
-    shape = (share[..., None] * shapes[torch.cat([first, others], 1).to(shapes.device)]).sum(1)
-
-    # Colours and stretches, as far as stage 1 has shown them; the box's diagonal stays that of an object
+    share = equal + config.spread * (share - equal)
     whose = torch.randint(N, (count,), generator=generator) if model.config.recolour else first[:, 0]
+    return torch.cat([first, others], 1), share, whose
+
+
+@torch.no_grad()
+def recombined(model, count, generator, config):
+    """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
+    object, and a stretch"""
+    shapes = model.shapes
+    parents, share, whose = (some.to(shapes.device) for some in draw_parents(model, count, generator, config))
+    shape = (share[..., None] * shapes[parents]).sum(1)
+
+    # Stretches as far as stage 1 has shown them; the box's diagonal stays that of an object
     stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
-    codes = torch.cat([shape, model.colours[whose.to(shapes.device)], stretch], 1)
+    codes = torch.cat([shape, model.colours[whose], stretch], 1)
     longer = (diagonals(model, codes) / diagonals(model, model.codes).mean()).log().clamp(-0.5, 0.5)
     codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
     return codes
@@ -381,14 +393,14 @@ def plot_levels(denoiser, sigma, entropy, path):
 
 
 # ------------------------------------------------------------------------------------------------------ main
-def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
+def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE):
     """A chapter may train a denoiser of its own by this loop, with a Config that adds knobs to this one."""
     config = parse_config(Config, presets, argv)
     device = pick_device(config.device)
     model, names = load_autodecoder(config.autodecoder, device)
     if len(names) < 3:
         raise UserError(f"{config.autodecoder} knows {len(names)} objects: at least 3 are wanted")
-    run = Run(config.out, Denoiser.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
+    run = Run(config.out, Denoiser.__name__, config, [f.name for f in fields(Config) if f.name not in free])
 
     # What to learn from: the objects' codes, then recombined ones
     generator = torch.Generator().manual_seed(config.seed)
@@ -432,7 +444,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser):
             noise = torch.randn(config.batch, data.shape[1], generator=generator).to(device)
 
             # Loss
-            losses = denoising_loss(denoiser, data[item], codes[item], noise, u.to(device))
+            told = denoiser.told(item, generator)
+            losses = denoising_loss(denoiser, data[item], codes[item], noise, u.to(device), *told)
             loss = losses.mean()
 
             # Step, and the running mean: short at first, because the first weights are worth little

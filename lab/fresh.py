@@ -13,7 +13,6 @@ in   nothing: objects are made here
 out  runs/fresh/     fresh.pt, readings.pt, reader.pt: made once, for any model; minutes on two cores
 read see_object, cloud, Reader, train_reader, held_out_codes.
 """
-import json
 import math
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_c
 from render_shapenet import worker_setup
 from shapes import earphones
 from shapes.meshes import load_obj
-from shapes.photos import Photos, read_photos
+from shapes.photos import Photos, factors_of, read_photos
 from shapes.rasterizer import rasterize, to_world
 from volume_render import camera_rays, cameras
 
@@ -212,19 +211,11 @@ def cell_of(labels):
 
 def training_cells(names, folder):
     """The cells of the training objects, by their factors; None if they are not this course's earphones"""
-    found = [re.fullmatch(r"train_(\d{5})", name) for name in names]
-    if not all(found):
+    factors = factors_of(folder, names) if all(name.startswith("train_") for name in names) else None
+    try:
+        return factors and sorted({cell_of(labels(one)[None]).item() for one in factors})
+    except ValueError:                                             # a kind that earphones.py does not have
         return None
-    cells = []
-    for name, match in zip(names, found):
-        file = Path(folder, name, "factors.json")
-        try:
-            drawn = lambda: earphones.draw_factors("train", int(match[1]))
-            factors = json.loads(file.read_text()) if file.is_file() else drawn()
-            cells.append(cell_of(labels(factors)[None]).item())
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):     # somebody else's, or broken
-            return None
-    return sorted(set(cells))
 
 
 # ------------------------------------------------------------------------------- as the decoder can show them

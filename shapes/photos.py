@@ -402,6 +402,22 @@ def read_photos(folder, size, objects=0):
     return Photos(photos, masks, poses, intrinsics, names)
 
 
+def factors_of(folder, names):
+    """What the catalogue says of each of our earphones, by its factors.json; where that is absent, as with the
+    model in the box, by its name.  None if they are not all ours, or a file is broken"""
+    every = []
+    for name in names:
+        file, match = Path(folder, name, "factors.json"), re.fullmatch(r"(train|val|test)_(\d{5})", name)
+        try:
+            drawn = draw_factors(match[1], int(match[2]))
+            every.append(dict(json.loads(read_small(file))) if file.is_file() else drawn)
+            if not drawn.keys() <= every[-1].keys():
+                return None
+        except (UserError, OSError, ValueError, TypeError, RecursionError):
+            return None
+    return every
+
+
 def kinds_of(folder, names):
     """A label for each object where the data has one: our earphones' kind"""
     # Our own photos may not be there, as with the model in the box.  Their names give the kinds too
