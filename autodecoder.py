@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import render_shapenet
-from common import (BETAS, CLIP, Run, UserError, command, digest, fill, learning_rate_share, load_stage,
-                    parse_config, pick_device, save_figure, save_preview, save_text, saved_config)
+from common import (BETAS, CLIP, Run, UserError, command, digest, fill, judge, learning_rate_share,
+                    load_stage, parse_config, pick_device, save_figure, save_preview, save_text, saved_config)
 from shapes.photos import kinds_of, read_photos
 from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
                            truth_and_ours)
@@ -82,7 +82,6 @@ class Config:
     save_every: int = 250                # steps between checkpoints (at least 1)
     fresh: bool = False                  # throw away the run in --out and start over
 
-
 PRESETS = {
     "cpu": {},
     "gpu": dict(size=128, channels=(128, 64, 32), rays=32768, samples=96, steps=12000, dense_steps=1000,
@@ -95,12 +94,10 @@ PRESETS = {
 }
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   # may change on resume
 
-
 # ------------------------------------------------------------------------------------------------ the decoder
 
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
 BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
-
 
 class Block(nn.Module):
     """Two 3^3 convolutions, each after a norm and a nonlinearity, around a skip."""
@@ -114,7 +111,6 @@ class Block(nn.Module):
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
-
 
 class Autodecoder(nn.Module):
     """The codes of all training objects, and the decoder that they share, in three steps:
@@ -178,22 +174,18 @@ class Autodecoder(nn.Module):
         with fast_precision(self.config, codes.device):
             return self.to_volume(self.to_latent(codes))
 
-
 def packed(x):
     """Channels last in memory: halves the time of 3D convolutions on a CPU."""
     return x.contiguous(memory_format=torch.channels_last_3d)
 
-
 def resize(x, size):
     return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * 3, mode="trilinear")
-
 
 def unfold_children(x, width):
     """(B,8C,n,n,n) -> (B,C,2n,2n,2n): eight numbers of a voxel become the 2^3 voxels in its place"""
     B, _, n, _, _ = x.shape
     x = x.view(B, width, 2, 2, 2, n, n, n).permute(0, 1, 5, 2, 6, 3, 7, 4)          # (B,C,n,2,n,2,n,2)
     return x.reshape(B, width, 2 * n, 2 * n, 2 * n)
-
 
 def fast_precision(config, device):
     """A context in which convolutions run in bf16 (16-bit floats with float32's range) where the hardware
@@ -202,7 +194,6 @@ def fast_precision(config, device):
     known = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu()
     enabled = config.precision == "bf16" or config.precision == "auto" and known
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
 
 def load_autodecoder(folder, device="cpu"):
     """The trained model of a run, built from the config that it was trained with -> model, objects' names"""
@@ -214,10 +205,8 @@ def load_autodecoder(folder, device="cpu"):
             raise UserError(f"{folder}/last.pt: {name!r} is no name of an object")
     return fill(model, state["model"], folder).to(device).eval().requires_grad_(False), state["names"]
 
-
 def fingerprint(model):
     return digest(model.state_dict())          # tells one trained autodecoder from any other, to the last bit
-
 
 # -------------------------------------------------------------------------------------- a batch, and its loss
 
@@ -241,7 +230,6 @@ def draw_batch(photos, config, views, generator, objects=None):
     rgb, mask = photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
     return objects, origins, directions, rgb, mask
 
-
 def recolouring(palettes, i, k):
     """How to paint objects i in the colours of objects k: c -> A c + b, with A (B,3,3) and b (B,3)
 
@@ -252,12 +240,10 @@ def recolouring(palettes, i, k):
     A = inverse @ power(root @ covariance[k] @ root, 0.5) @ inverse
     return A, mean[k] - (A @ mean[i][..., None])[..., 0]
 
-
 def power(matrix, exponent):
     """matrix ** exponent, for symmetric positive matrices (...,n,n)"""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
-
 
 def photos_nobody_took(objects, batch, palettes, extents, config, left, generator):
     """Paints some objects in others' colours, and stretches some -> whose colours (B,), log stretches (B,3),
@@ -283,7 +269,6 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
     return whose, stretch, (origins * D, directions * D, rgb, opacity)
 
-
 def reconstruction_loss(model, volume, batch, config, generator, skip_empty, has_masks):
     """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed)"""
     origins, directions, target, opacity = batch
@@ -295,12 +280,10 @@ def reconstruction_loss(model, volume, batch, config, generator, skip_empty, has
     loss = photo + config.mask_weight * mask if has_masks else photo
     return loss, photo, alpha.mean()
 
-
 def on_device(generator, device):
     """A generator of the same seed on the device that draws from it"""
     seed = generator.initial_seed()
     return generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-
 
 # ------------------------------------------------------------------------------------------------- measuring
 
@@ -316,7 +299,6 @@ def table(rows, kinds):
         lines.append(f"{kind:<16} {count:>3} objects   {pairs}   {m['haze']:>19.4f}")
     return "\n".join(lines)
 
-
 def read_log(folder):
     """The rows of log.jsonl.  Lines that a kill cut off, or that are no rows, are passed over"""
     rows, log = [], Path(folder) / "log.jsonl"
@@ -324,7 +306,6 @@ def read_log(folder):
         with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             rows.append({key: float(value) for key, value in json.loads(line).items()})
     return rows
-
 
 def plot_log(folder, ylabel, **labels):
     """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
@@ -338,7 +319,6 @@ def plot_log(folder, ylabel, **labels):
     axis.set(xlabel="step", ylabel=ylabel)
     axis.legend()
     save_figure(Path(folder, "curve.png"), figure)
-
 
 # ------------------------------------------------------------------------------------------------------ main
 
@@ -432,14 +412,14 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     # The numbers: all held-out views of all objects
     rows = score_views(model, model.codes, photos, range(len(photos.names)), test_views)
     text = table(rows, kinds_of(config.data, photos.names))
-    print(text)
+    full = mean_of(rows, "ours")
+    print(text, judge(config, FREE, f"held-out views {full:.2f} dB", full, 30.4, 31.2, "README.md"), sep="\n")
     save_text(run.folder / "table.txt", text + "\n")
     plot_log(run.folder, "PSNR (dB)", training_psnr="training rays", heldout="held-out views",
              heldout_foreground="held-out views, foreground")
     draw_pipeline(model, photos, run.folder / "figure1.png")
     print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png, previews/.  "
           "Next: python diffusion.py")
-
 
 # ----------------------------------------------------------------------------------------------- new objects
 
@@ -469,7 +449,6 @@ def fit_codes(model, photos, views, device, steps=400, rate=0.1, decay=1e-3, see
             optimizer.step()
         fitted.append((mean + deviation * z).detach())
     return torch.cat(fitted)
-
 
 if __name__ == "__main__":
     command(main)

@@ -130,7 +130,9 @@ def command(main):
     """What `python stage.py` runs.  Ctrl-C or want of memory ends it with one line, a closed pipe silently"""
     sys.stdout = sys.stdout or open(os.devnull, "w")         # None if the shell closed it (>&-)
     try:
+        began = time.time()
         main()
+        print(f"in {clock(time.time() - began)}{peak_memory()}")
         sys.stdout.flush()                    # here, because a closed pipe must be noticed inside the try
     except KeyboardInterrupt:
         raise UserError("stopped; what was written before is kept") from None
@@ -146,6 +148,26 @@ def command(main):
                  if type(value) in (int, tuple, list) and name != "seed"}
         largest = ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])
         raise UserError(f"more memory is needed than there is; the largest knobs are {largest}") from None
+
+def peak_memory():
+    """What this process has held at most, for the last line; nothing on Windows, which keeps no such count"""
+    gpu = torch.cuda.is_available()
+    most = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's, " if gpu else ""
+    with suppress(ImportError):
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024                       # a Mac counts in bytes
+        return f"; peak memory {most}{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    return most and f"; peak memory {most}".rstrip(", ")
+
+def judge(config, free, what, value, low, high, where):
+    """Compares a number with the one that the header promises.  It says so, and never fails a run"""
+    # Another data set or other knobs promise nothing, and a chapter's Config is another's
+    usual, here = type(config)(), lambda some: {k: v for k, v in asdict(some).items() if k not in free}
+    if here(usual) != here(config) or Path(inspect.getfile(type(config))).parent.name == "chapters":
+        return f"{what}: not judged, because knobs differ from the defaults"
+    if low <= value <= high:
+        return f"{what}: as expected ({low:g} to {high:g})"
+    return f"{what}: expected {low:g} to {high:g}; see {where}"
 
 # ------------------------------------------------------------------------------------ cameras, learning rates
 def camera_to_world_at(azimuth, elevation, distance):
@@ -349,8 +371,10 @@ class Run:
             if path(found.get(field, value)) != path(value):
                 named = ["(none)" if some == "" else some for some in (found[field], value)]
                 anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
+                late = " (the learning rates fell to their end over those steps: more would be no longer run)"
                 raise UserError(f"{self.file} says that what is there was made with --{field} {named[0]}, "
-                                f"not {named[1]}: use the same value or another folder, or {anew}")
+                                f"not {named[1]}{late * (field == 'steps')}: use the same value or another "
+                                f"folder, or {anew}")
 
     def __enter__(self):
         """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""

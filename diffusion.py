@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from autodecoder import fingerprint, load_autodecoder, plot_log
-from common import (BETAS, CLIP, Run, UserError, command, fill, learning_rate_share, load_stage, parse_config,
-                    pick_device, save_figure, save_preview, saved_config, to_bytes)
+from common import (BETAS, CLIP, Run, UserError, command, fill, judge, learning_rate_share, load_stage,
+                    parse_config, pick_device, save_figure, save_preview, saved_config, to_bytes)
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 
@@ -68,7 +68,6 @@ class Config:
     save_every: int = 500                # steps between checkpoints (at least 1)
     fresh: bool = False                  # throw away the run in --out and start over
 
-
 PRESETS = {
     "cpu": {},
     "gpu": dict(steps=20000, batch=1024, preview_every=5000, save_every=2000),
@@ -100,13 +99,11 @@ class RobustNorm(nn.Module):
     def normalize(self, latents):
         return (latents - self.centre - self.shift) / self.scale
 
-
 def principal(rows, count):
     """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
     rows = rows.double()
     longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)              # (P,count)
     return torch.linalg.qr(rows.T @ longest)[0].T.float()
-
 
 class MLP(nn.Module):
     """The paper's network: noised numbers and an embedding of the noise level in, numbers out."""
@@ -129,12 +126,10 @@ class MLP(nn.Module):
             h = h + layer(h)
         return self.leave(h)
 
-
 def level_embedding(level, half):
     """(B,) -> (B,2 half): sines and cosines, with wavelengths from 2 pi / 100 to 2 pi, geometrically"""
     angle = level[:, None] * 100.0 ** torch.linspace(1, 0, half, device=level.device)
     return torch.cat([angle.sin(), angle.cos()], 1)
-
 
 class Denoiser(nn.Module):
     """D(x, sigma), and what it must know: how latents are normalised, their principal components and the
@@ -178,6 +173,10 @@ class Denoiser(nn.Module):
         self.levels.copy_(levels)
         return z, sigma, entropy
 
+    def examples(self, codes):
+        """What is noised in training, of these codes (P,W) -> (P,K)"""
+        return self.to_components(latents_of(self.model[0], codes))
+
     def to_components(self, latents):
         return self.norm.normalize(latents).flatten(1) @ self.basis.T                        # (B,K)
 
@@ -195,7 +194,7 @@ class Denoiser(nn.Module):
                                                                     *told))
 
     def told(self, item, generator):
-        """What else the network is told of the codes with these numbers (B,): nothing.  See chapters/prompt.py"""
+        """What else the network is told of these codes (B,): nothing.  See chapters/prompt.py"""
         return ()
 
     def error(self, guess, codes, z):
@@ -208,7 +207,6 @@ class Denoiser(nn.Module):
 
     def latents(self, codes):
         return latents_of(self.model[0], codes)
-
 
 def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=Denoiser):
     """A run -> the autodecoder that it was trained on (or a copy of it), its objects' names, the denoiser"""
@@ -224,10 +222,8 @@ def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=
         denoiser = Denoiser(config, model)
     return model, names, fill(denoiser, state["denoiser"], folder).to(device).eval().requires_grad_(False)
 
-
 # ------------------------------------------------------------------------------------------- the noise levels
 LEVELS = 1000                      # DDPM's number of time steps: here the length of the table of levels
-
 
 def posterior_entropy(points, sigmas, generator, draws=2048):
     """points (N,K) -> for each sigma, a perfect denoiser's doubt which point it sees: the entropy of
@@ -240,7 +236,6 @@ def posterior_entropy(points, sigmas, generator, draws=2048):
         log_p = torch.log_softmax(-distance / (2 * sigma ** 2), -1)
         result.append(-(log_p.exp() * log_p).sum(-1).mean() / math.log(len(points)))
     return torch.stack(result)
-
 
 def choose_levels(points, least, generator):
     """points (N,K) -> levels (LEVELS,), ascending, to train and sample at; to plot, sigmas and entropies"""
@@ -259,7 +254,6 @@ def choose_levels(points, least, generator):
     levels = np.exp(np.interp(np.linspace(0, 1, LEVELS), cdf, sigma.log()))
     return torch.from_numpy(levels), sigma, entropy
 
-
 # ---------------------------------------------------------------------------- one noise, and two formulations
 def denoising_loss(denoiser, z, codes, noise, u, *told):
     """Components z and noise (B,K), the codes they come from (B,W), places u (B,) in [0, 1] of levels -> (B,)
@@ -277,7 +271,6 @@ def denoising_loss(denoiser, z, codes, noise, u, *told):
     least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * variance
     return (variance / variance.mean() * error.square() / (sigma ** 2 + least)).mean(1)
 
-
 def ancestral_sample(denoiser, x, sigmas, draw):
     """DDPM's (Ho et al., algorithm 2) -> x at the next level, step by step"""
     for now, after in zip(sigmas, sigmas[1:]):
@@ -286,7 +279,6 @@ def ancestral_sample(denoiser, x, sigmas, draw):
         kept = (after / now) ** 2
         x = clean + kept * (x - clean) + after * (1 - kept).sqrt() * draw()
         yield x
-
 
 def heun_sample(denoiser, x, sigmas, draw):
     """EDM's (Karras et al., algorithm 1): down dx/dsigma = (x - D(x, sigma)) / sigma -> the same"""
@@ -298,15 +290,12 @@ def heun_sample(denoiser, x, sigmas, draw):
         x = x + (after - now) * (slope + slope_at(ahead, after)) / 2
         yield x
 
-
 SAMPLERS = {"heun": (heun_sample, 18), "ancestral": (ancestral_sample, LEVELS)}      # and their usual steps
-
 
 def noise_of(seed):
     """A function that draws a sample's noise, from a generator of its own"""
     generator = torch.Generator().manual_seed(int(seed))
     return lambda shape: torch.randn(shape, generator=generator)
-
 
 @torch.no_grad()
 def sample(denoiser, seeds, steps=0, sampler="", trace=None):
@@ -325,12 +314,10 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
             trace.append((sigma.item(), guess(sigma)))
     return guess(sigmas[-1])                                   # at the lowest level the guess is the sample
 
-
 # ----------------------------------------------------------------------------------------------- the latents
 @torch.no_grad()
 def latents_of(model, codes):
     return torch.cat([model.to_latent(part).float() for part in codes.split(64)])
-
 
 def draw_parents(model, count, generator, config):
     """-> whose shapes are to be mixed (count,3), their weights (count,3), and whose colours (count,)"""
@@ -350,7 +337,6 @@ def draw_parents(model, count, generator, config):
     whose = torch.randint(N, (count,), generator=generator) if model.config.recolour else first[:, 0]
     return torch.cat([first, others], 1), share, whose
 
-
 @torch.no_grad()
 def recombined(model, count, generator, config):
     """Codes of objects that could exist (count,W): a shape near those of neighbours, the colours of any
@@ -366,19 +352,16 @@ def recombined(model, count, generator, config):
     codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
     return codes
 
-
 def diagonals(model, codes):
     """(B,W) -> (B,): the length of each object's bounding box, corner to corner"""
     solid = lambda some: voxel_opacity(model.volumes_of(some), model.field) > 0.5
     return torch.cat([bounding_box(solid(some)) for some in codes.split(8)]).norm(dim=1)
-
 
 def nearest(latents, training, itself=False):
     """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
     exact = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
     return (distance.fill_diagonal_(math.inf) if itself else distance).sort(1)   # itself: each to the others
-
 
 # -------------------------------------------------------------------------------------------------- pictures
 def plot_levels(denoiser, sigma, entropy, path):
@@ -390,7 +373,6 @@ def plot_levels(denoiser, sigma, entropy, path):
     axis.set(xscale="log", xlabel="sigma", ylabel="doubt; shaded: density")
     axis.legend(fontsize=7)
     save_figure(path, axis.figure)
-
 
 # ------------------------------------------------------------------------------------------------------ main
 def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE):
@@ -422,7 +404,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
         fill(average, state["denoiser"], config.out)
         fill(denoiser, state["denoiser"] | state["raw"], config.out)
         optimizer.load_state_dict(state["optimizer"])
-        step, data = state["step"], denoiser.to_components(latents_of(model, codes))    # in the saved basis
+        step, data = state["step"], denoiser.examples(codes)                  # in the saved basis
         print(f"going on from step {step} of {config.out}/last.pt")
     print(f"{len(own)} objects and {count} recombinations; noise from {denoiser.levels[0]:.2g} to "
           f"{denoiser.levels[-1]:.3g}; {sum(p.numel() for p in denoiser.network.parameters())} parameters")
@@ -473,9 +455,11 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
                           "denoiser": average.state_dict(), "raw": raw, "optimizer": optimizer.state_dict()})
             run.stop_if_asked(step)
 
+    near = nearest(average.latents(sample(average, range(8))), latents_of(model, own))[0][:, 0].mean().item()
+    print(judge(config, free, f"eight samples' mean distance to the nearest training latent {near:.0f}", near,
+                150, 215, "README.md"))
     plot_log(run.folder, "loss", low="low noise", middle="middle noise", high="high noise")
     print(f"wrote {run.folder}: last.pt, levels.png, curve.png, previews/.  Next: python sample.py")
-
 
 if __name__ == "__main__":
     command(main)

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (Run, UserError, command, grid, intrinsics_at, parse_config, pick_device, plain,
+from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
                     save_picture)
 from shapes import earphones
 from shapes.meshes import load_obj
@@ -70,6 +70,7 @@ DISTANCE = 1.3
 # Photos that were made with other values of these fields do not belong in the same folder
 RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample", "max_elevation", "thin",
           "renderer", "seed")
+FREE = ("out", "workers", "device", "fresh", "transforms")
 CATEGORIES = {"03261776": "earphones", "03001627": "chairs", "02958343": "cars"}       # their folders' names
 
 
@@ -353,6 +354,8 @@ def main(argv=None):
     if not train.is_dir():
         raise UserError(f"no photos were made: see above why each of the {len(jobs)} models was skipped")
     contact_sheet(train, train.with_suffix(".png"))
+    whole = len(jobs) - len(skipped)
+    print(judge(config, FREE, f"{whole} objects", whole, 144, 144, "what was skipped, above"))
     print(f"photos in {train}; look at {train.with_suffix('.png')}.  Next: python autodecoder.py")
 
 

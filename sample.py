@@ -43,8 +43,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from autodecoder import load_autodecoder
-from common import (Run, UserError, command, grid, intrinsics_at, parse_config, pick_device, save_picture,
-                    save_preview, save_text, to_bytes)
+from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device,
+                    save_picture, save_preview, save_text, to_bytes)
 from diffusion import latents_of, load_denoiser, nearest, recombined
 from diffusion import sample as draw_samples
 from shapes.photos import atomic_folder, kinds_of, write_intrinsics, write_view
@@ -71,6 +71,8 @@ class Config:
     batch: int = 64                      # samples denoised at once; changes memory, not results (at least 1)
     device: str = "auto"                 # auto, cpu or cuda
 
+
+FREE = ("out", "count", "seed", "views", "size", "elevation", "batch", "device")    # change no quality
 
 # "The box" is a trained model that comes with this program, so that a new user sees samples at once
 BOX = Path(__file__).parent / "pretrained"
@@ -306,6 +308,8 @@ def main(argv=None):
         text += "\nkinds of the nearest training objects: "
         text += ", ".join(f"{near.count(kind)} {kind}" for kind in sorted(set(kinds)))
     print(text)
+    copies = sum(row["copy"] for row in rows["samples"]) / config.count
+    print(judge(config, FREE, f"copies {copies:.0%}", copies, 0, 0.02, "README.md"))
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows})
 

@@ -1,75 +1,241 @@
 """
-A chapter on stage 1: objects that training never saw, from a few photos of each.
+A chapter on stages 1 and 2: earphones from photos of them, with the diffusion model as the prior.
 
-The decoder is frozen.  Each new object's code begins at the mean of the training codes and goes downhill
-until the renderings look like the photos (fit_codes in autodecoder.py).  This is how an auto-decoder is used,
-since it has no encoder.  Photos that were not given tell how good the fit is.
+    p(object | photos)  ~  p(photos | object) p(object)        rendering says the first, diffusion the second
 
-in   runs/autodecoder/last.pt        stage 1
-     data/earphones_test/            photos of objects that it has not seen
-out  runs/few_views/                 views_2.png (photo, ours, depth) and views_2.txt, for --views 2
+One photo leaves the back open.  fit_codes (stage 1) fills it in by a pull towards the mean code, and gives
+one answer.  Here an answer is drawn, along the noise levels of stage 2 (Zhang et al.  2024, "DAPS").  At each
+level:
+
+    guess      the denoiser takes the noise off: a code that could exist
+    look       gradient descent moves the code until its renderings look like the photos, and not far
+    noise      its latent gets noise again, less than before
+
+At high noise the guess decides, at the end the photos.  Another seed gives another answer: --count 4 draws
+four, which agree where the photo sees and differ where it does not.  At last the latent itself moves a
+little.  It can show what no code can, because it has 8,192 numbers and a code 259.
+
+Two things help with few photos.  Earphones are symmetric, so a photo in a mirror is a photo of the same
+object from the mirrored camera: one more photo for free (--mirror).  And a camera that is not known (--photo)
+is searched, by find_camera.py.
+
+in   runs/diffusion and runs/autodecoder, or the model in the box; data/earphones_test/, or a photo on white
+out  runs/few_views/      views_2.txt (ours, fit_codes, nearest training object), views_2.png (photo, ours,
+                          fit_codes); answers.png with --count; photo.png and viewer.html with --photo
 run  python -m chapters.few_views --views 1
-     python -m chapters.few_views --views 8
-read main; then fit_codes in autodecoder.py.
+     python -m chapters.few_views --views 1 --objects 8 --count 4       four answers for each photo
+     python -m chapters.few_views --photo my.png
+read descend, posterior, main; find_camera.py; and fit_codes in autodecoder.py.
 """
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from autodecoder import fit_codes, load_autodecoder, table
-from common import UserError, command, parse_config, pick_device, save_preview, save_text
-from shapes.photos import kinds_of, read_photos
-from volume_render import score_views, truth_and_ours
+from autodecoder import draw_batch, fast_precision, fit_codes, on_device, reconstruction_loss
+from chapters.find_camera import find_camera, look_around, read_one
+from common import (UserError, command, grid, parse_config, pick_device, save_picture, save_preview,
+                    save_text, to_bytes)
+from diffusion import heun_sample, latents_of, noise_of
+from sample import load_models
+from shapes.photos import Photos, read_photos
+from viewer.page import write_gallery
+from volume_render import ANGLES, SIZE, cameras, mean_of, psnr, render_views, render_volumes, score_views
 
 
 @dataclass
 class Config:
     data: str = "data/earphones_test"    # a folder of photos in the SRN layout
-    autodecoder: str = "runs/autodecoder"  # stage 1's folder
-    out: str = "runs/few_views"          # folder for the table and the picture
-    views: int = 2                       # photos per object used for fitting; 0: all but the last 8
+    photo: str = ""                      # instead: one photo, on white or with alpha, whose camera is unknown
+    diffusion: str = "runs/diffusion"    # stage 2's folder
+    autodecoder: str = ""                # stage 1's folder; "": the one that stage 2 was trained on
+    out: str = "runs/few_views"          # folder for the tables and the pictures
+    views: int = 2                       # photos of each object that are given; 0: all but the last 8
     objects: int = 24                    # how many of the folder's objects; 0: all
-    steps: int = 400                     # gradient steps for each batch of codes (at least 1)
-    rate: float = 0.1                    # learning rate, for codes in units of the training codes' deviation
-    decay: float = 1e-3                  # pull towards the training codes' mean; matters with few views
-    seed: int = 0                        # of the rays
+    count: int = 1                       # answers for each object (from 1 to 16)
+    mirror: bool = True                  # use each photo's mirror image too: for symmetric objects
+    levels: int = 8                      # noise levels on the way down (at least 1)
+    steps: int = 25                      # gradient steps at each level; six times as many at the end (at least 1)
+    pull: float = 1e-3                   # weight of the squared way from the guess, in the codes' deviations
+    latent_pull: float = 3e-3            # weight of the latent's squared way from that of its code
+    seed: int = 0                        # of the noise and the rays
     device: str = "auto"                 # auto, cpu or cuda
 
 
-PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(objects=2, steps=5)}
+PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(objects=2, levels=2, steps=2)}
+
+
+# ---------------------------------------------------------------------------------- photos with known cameras
+
+def mirrored(photos):
+    """The same photos, and after them their mirror images, seen by the mirrored cameras"""
+    # The mirror swaps x in the world and in the picture: the pose stays right-handed
+    M = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+    K = photos.intrinsics.clone()
+    return Photos(*(torch.cat([some, some.flip(3)], 1) for some in (photos.rgb, photos.mask)),
+                  torch.cat([photos.pose, M @ photos.pose @ M], 1), K, photos.names)
+
+
+def descend(decode, start, unit, weight, photos, views, objects, model, steps, rate, seed):
+    """Moves start (B,...) by gradient descent until decode(start) looks like the photos.  `weight` is that of
+    the squared way, counted in units"""
+    way = torch.zeros_like(start, requires_grad=True)
+    optimizer, recipe = torch.optim.Adam([way], rate), replace(model.config, batch_views=len(views))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        batch = [t.to(start.device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
+        volume, jitter = decode(start + unit * way), on_device(generator, start.device)
+        loss = reconstruction_loss(model, volume, batch, recipe, jitter, True, photos.has_masks)[0]
+        optimizer.zero_grad()
+        (loss + weight * way.square().mean()).backward()
+        optimizer.step()
+    return (start + unit * way).detach()
+
+
+def posterior(model, denoiser, photos, views, objects, config, seed):
+    """One answer for each of these objects -> latents (B,C,r,r,r)"""
+    draws = [noise_of(seed * 1_000_003 + o) for o in objects.tolist()]
+    draw = lambda: torch.stack([one(denoiser.deviation.shape) for one in draws]).to(denoiser.levels)
+    see = lambda decode, start, unit, weight, steps, rate, k: descend(
+        decode, start, unit, weight, photos, views, objects, model, steps, rate, seed * 1000 + k)
+    places = torch.linspace(1, 0, config.levels).to(denoiser.levels)
+    x = draw() * (denoiser.level(places[0]) ** 2 + denoiser.deviation ** 2).sqrt()
+    for k, place in enumerate(places):
+        # Three of Heun's steps from here to almost no noise: one guess alone would be a mean of many objects
+        sigmas = denoiser.level(place * torch.tensor([1, 0.6, 0.3, 0.0]).to(places))
+        with torch.no_grad():
+            for clean in heun_sample(denoiser, x, sigmas, None) if place > 0 else [x]:
+                pass
+            code = denoiser.guess(clean, sigmas[-1].expand(len(x), 1))
+        last = k == len(places) - 1
+        code = see(model.volumes_of, code, denoiser.spread, config.pull * (0.3 if last else 1),
+                   config.steps * (6 if last else 1), 0.1 if last else 0.05, k)
+        if not last:
+            x = denoiser.to_components(denoiser.latents(code)) + denoiser.level(places[k + 1]) * draw()
+    # The latent, freed of its code
+    def decode(latent):
+        with fast_precision(model.config, latent.device):
+            return model.to_volume(latent)
+    latent = denoiser.latents(code)
+    return see(decode, latent, latent.std(), config.latent_pull, 6 * config.steps, 0.05, len(places))
+
+
+class OfLatents:
+    """The model, for functions that decode codes and get latents instead"""
+    def __init__(self, model):
+        self.config, self.field, self.volumes_of = model.config, model.field, model.to_volume
+
+
+def nearest_training(model, photos, views, objects):
+    """-> for each object the training object whose renderings are the nearest to its photos"""
+    volumes, best = model.volumes_of(model.codes), []
+    for o in objects:
+        cameras_ = photos.pose[o, views], photos.intrinsics[o]
+        rgb = render_volumes(model, volumes, *cameras_, photos.size)[0].cpu()
+        best.append((rgb - photos.rgb[o, views] / 255).square().flatten(1).mean(1).argmin().item())
+    return best
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+def answers(model, denoiser, photos, views, config):
+    """-> latents (count,B,C,r,r,r) of each object's answers"""
+    if config.mirror:
+        count, photos = photos.rgb.shape[1], mirrored(photos)
+        views = torch.cat([views, views + count])
+    return torch.stack([torch.cat([posterior(model, denoiser, photos, views, objects, config, config.seed + k)
+                                   for objects in torch.arange(len(photos.names)).split(8)])
+                        for k in range(config.count)])
+
+
+def one_photo(model, names, denoiser, config):
+    """--photo: find its camera, then answers as for any other"""
+    rgb, mask = read_one(config.photo, model.config.size)
+    print("looking at the training objects from all around, then for the camera: half a minute", flush=True)
+    pose, K, seen = find_camera(model, denoiser, rgb, mask, look_around(model))
+    photos = Photos(*(some[None, None] for some in (to_bytes(rgb), to_bytes(mask), pose)), K[None], ["photo"])
+    latents = answers(model, denoiser, photos, torch.arange(1), config)[:, 0]
+    out = Path(config.out)
+    same = render_volumes(OfLatents(model), model.to_volume(latents), pose[None], K, len(rgb))[0][:, 0].cpu()
+    around = render_views(model, latents, cameras(ANGLES), SIZE)[0]
+    rows = torch.cat([photos.rgb[0].expand(len(latents), -1, -1, -1)[:, None], to_bytes(same)[:, None],
+                      to_bytes(around)], 1) if len(rgb) == SIZE else to_bytes(around)
+    save_picture(out / "photo.png", grid(rows.flatten(0, 1), rows.shape[1]))
+    said = [f"answer {k}" for k in range(len(latents[:8]))]
+    write_gallery(out / "viewer.html", model, names, latents[:8], said, denoiser, (config.seed, config.seed + 1))
+    x, y, z = pose[:3, 3].tolist()
+    azimuth, elevation = math.degrees(math.atan2(y, x)), math.degrees(math.asin(z / math.hypot(x, y, z)))
+    print(f"wrote {out}: photo.png (photo, ours, four other sides), viewer.html.  Camera: azimuth "
+          f"{azimuth:.0f}, elevation {elevation:.0f} degrees; ours shows the photo to {psnr(same[0], rgb):.1f} dB")
 
 
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
-    device = pick_device(config.device)
-    model, names = load_autodecoder(config.autodecoder, device)
-    if len(names) < 2:
-        raise UserError(f"{config.autodecoder} knows one object, and new codes need the spread of several")
+    device, out = pick_device(config.device), Path(config.out)
+    model, names, denoiser = load_models(config, device)
+    if config.photo:
+        return one_photo(model, names, denoiser, config)
     photos = read_photos(config.data, model.config.size, config.objects)
-    count = photos.rgb.shape[1]
+    count, N = photos.rgb.shape[1], len(photos.names)
     given = config.views or count - 8
     if not 1 <= given < count:
         raise UserError(f"--views {config.views}: {config.data} has {count} photos of each object, of which "
                         "one is needed to measure by")
 
-    # Fit to the first photos, measure on the last eight
+    # Three ways, from the first photos; measured on the last eight
+    views, others, objects = torch.arange(given), torch.arange(max(given, count - 8), count), range(N)
     began = time.time()
-    codes = fit_codes(model, photos, torch.arange(given), device, config.steps, config.rate, config.decay,
-                      config.seed)
-    seconds = (time.time() - began) / len(codes)
-    others = torch.arange(max(given, count - 8), count)
-    rows = score_views(model, codes, photos, range(len(codes)), others)
-    text = table(rows, kinds_of(config.data, photos.names))
-    print(f"{len(codes)} unseen objects of {config.data}, codes fitted to {given} photos each in "
-          f"{seconds:.1f} s, measured on {len(others)} others\n{text}")
+    latents = answers(model, denoiser, photos, views, config)
+    seconds = (time.time() - began) / N / config.count
+    fitted = latents_of(model, fit_codes(model, photos, views, device))
+    known = latents_of(model, model.codes[nearest_training(model, photos, views, objects)])
+    show = OfLatents(model)
+    lines = [f"{N} unseen objects of {config.data}, {given} photos each, PSNR in dB: full / over the object"]
+    score = {}
+    for name, some in (("ours", latents[0]), ("fit_codes", fitted), ("the nearest training object", known)):
+        rows, seen = (score_views(show, some, photos, objects, which) for which in (others, views))
+        score[name] = mean_of(rows, "ours")
+        lines.append(f"{name:<28} {score[name]:5.2f} / {mean_of(rows, 'ours_fg'):5.2f}   on the given photos "
+                     f"{mean_of(seen, 'ours'):5.2f} / {mean_of(seen, 'ours_fg'):5.2f}")
+    path = out / f"views_{given}.png"
+    view = others[0]
+    seen = lambda some, o: render_volumes(show, model.to_volume(some[o:o + 1]), photos.pose[o, view][None],
+                                          photos.intrinsics[o], photos.size)[0][0, 0].cpu()
+    chosen = torch.linspace(0, N - 1, min(N, 8)).long().tolist()
+    save_preview(path, torch.stack([torch.stack([photos.rgb[o, view], to_bytes(seen(latents[0], o)),
+                                                 to_bytes(seen(fitted, o))]) for o in chosen], 1))
 
-    shown = torch.linspace(0, len(codes) - 1, min(len(codes), 8)).long().tolist()
-    path = Path(config.out, f"views_{given}.png")
-    save_preview(path, truth_and_ours(model, codes[shown], photos, shown, others[0]))
+    # Several answers: where do they differ?  How good is the best, and the mean of their pictures?
+    if config.count > 1:
+        every = [[torch.stack([seen_all(show, model, some[o], photos, o, which) for some in latents])
+                  for which in (views, others)] for o in objects]
+        spread = [[pictures.std(0).mean().item() for pictures in pair] for pair in every]
+        truth = [photos.rgb[o, others] / 255 for o in objects]
+        best = [max(psnr(one, t) for one in pair[1]) for pair, t in zip(every, truth)]
+        mean = [psnr(pair[1].mean(0), t) for pair, t in zip(every, truth)]
+        each = [sum(psnr(one, t) for one in pair[1]) / config.count for pair, t in zip(every, truth)]
+        of = lambda some: sum(some) / N
+        given_, other = (of([pair[k] for pair in spread]) for k in (0, 1))
+        lines.append(f"{config.count} answers: deviation on given photos {given_:.4f}, on others {other:.4f}; PSNR "
+                     f"of one {of(each):.2f}, of the best {of(best):.2f}, of their mean {of(mean):.2f}")
+        rows = [torch.stack([photos.rgb[o, v], *to_bytes(pictures[:, 0]),
+                             to_bytes(1 - 4 * pictures[:, 0].std(0))])
+                for o in chosen[:4] for v, pictures in ((views[0], every[o][0]), (view, every[o][1]))]
+        save_picture(out / "answers.png", grid(torch.cat(rows), config.count + 2))
+    text = "\n".join(lines)
+    print(text)
     save_text(path.with_suffix(".txt"), text + "\n")
-    print(f"wrote {path}: photo, ours, depth; and {path.with_suffix('.txt')}")
+    print(f"wrote {path}: photo, ours, fit_codes; and {path.with_suffix('.txt')}.  {seconds:.1f} s for each "
+          f"object; ours is {score['ours'] - score['fit_codes']:+.2f} dB better than fit_codes (row F1)")
+
+
+def seen_all(show, model, latent, photos, o, views):
+    """-> pictures (V,H,W,3) of a latent by these of an object's cameras"""
+    return render_volumes(show, model.to_volume(latent[None]), photos.pose[o, views], photos.intrinsics[o],
+                          photos.size)[0][0].cpu()
 
 
 if __name__ == "__main__":

@@ -16,20 +16,16 @@ run  python -m chapters.unet
 read UNet, LatentDenoiser, main.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import diffusion
-from autodecoder import fingerprint, load_autodecoder
+from chapters.families import finish, with_box
 from chapters.hybrid import Attention
-from common import (command, fill, grid, load_stage, parse_config, pick_device, save_checkpoint, save_picture,
-                    saved_config, to_bytes)
+from common import command
 from diffusion import Denoiser, latents_of, level_embedding
-from sample import novelty, summarise
-from volume_render import ANGLES, SIZE, cameras, render_views
 
 
 @dataclass
@@ -146,30 +142,12 @@ class LatentDenoiser(Denoiser):
         return guess - z
 
 
-@torch.no_grad()
 def main(argv=None):
-    with torch.enable_grad():
-        diffusion.main(argv, Config, PRESETS, LatentDenoiser)
-    config = parse_config(Config, PRESETS, argv)
-    device, out = pick_device(config.device), Path(config.out)
-    model, names = load_autodecoder(config.autodecoder, device)
-    state = load_stage(out, "this chapter's denoiser", "-m chapters.unet", "denoiser")
-    with torch.device("meta"):
-        denoiser = LatentDenoiser(saved_config(Config, state, out), model)
-    fill(denoiser, state["denoiser"], out).to(device).eval()
-
-    # 64 samples, as stage 3 counts them; and a file of them for whoever compares methods
-    latents = torch.cat([denoiser.latents(diffusion.sample(denoiser, range(k, min(k + 16, config.count))))
-                         for k in range(0, config.count, 16)])
-    training = latents_of(model, model.codes)
-    rows = {"samples": novelty(latents, training),
-            "training objects": novelty(training, training, itself=True)}
-    print(summarise(rows))
-    save_checkpoint(out / "latents.pt", {"latents": latents.cpu(), "autodecoder": fingerprint(model)})
-    rgb = render_views(model, latents[:16], cameras(ANGLES[:1]), SIZE)[0][:, 0]
-    save_picture(out / "samples.png", grid(to_bytes(rgb), 8))
-    outside = torch.tensor([row["outside"] for row in rows["samples"]]).quantile(0.95)
-    print(f"wrote {out}: latents.pt, samples.png.  Outside the span, 95th percentile: {outside:.2f} "
+    argv = with_box(argv, Config)
+    diffusion.main(argv, Config, PRESETS, LatentDenoiser)
+    rows = finish(argv, Config, PRESETS, LatentDenoiser)
+    outside = torch.tensor([row["outside"] for row in rows]).quantile(0.95)
+    print(f"wrote latents.pt, samples.png, report.txt.  Outside the span, 95th percentile: {outside:.2f} "
           "(row D4, by older code: 0.68; lower is better)")
 
 

@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from chapters.families import read_samples
 from common import Run, command, parse_config, pick_device, save_figure, save_text, to_bytes
 from diffusion import latents_of, nearest, recombined
 from diffusion import sample as draw_samples
@@ -67,6 +68,7 @@ class Config:
     readings: int = 1024                 # objects that the reader learns from, 4 pictures each (at least 32)
     reader_steps: int = 4000             # gradient steps of the reader (at least 1)
     controls: bool = True                # no: ours, training and held-out objects alone
+    rows: tuple = ("",)                  # folders of chapters whose latents.pt become rows, as runs/gan3d
     bootstrap: int = 200                 # resamplings, for the deviations (at least 2)
     seed: int = 0                        # of the first sample, the controls, the fresh objects
     device: str = "auto"                 # auto, cpu or cuda
@@ -201,6 +203,14 @@ def rivals(model, denoiser, config, device):
     return sets | {"training objects": training}
 
 
+def chapters(model, config):
+    """-> {name: latents} of the samples that chapters wrote, at most as many as of ours; and what they cost"""
+    found = {Path(row).name: read_samples(row, model) for row in config.rows if row}
+    return ({name: latents[:config.count].to(model.shapes.device) for name, (latents, _) in found.items()},
+            [[name, *(f"{state[key]:.3g}" for key in ("parameters", "training_seconds", "sample_seconds"))]
+             for name, (_, state) in found.items()])
+
+
 def gaussian(points, count, generator):
     """points (N,...) -> (count,...) from the Gaussian with their mean and covariance"""
     mean = points.mean(0)
@@ -319,7 +329,8 @@ def main(argv=None):
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
-    sets = rivals(model, denoiser, config, device)
+    others, costs = chapters(model, config)        # first, because a wrong folder must not cost an hour
+    sets = rivals(model, denoiser, config, device) | others
     codes = held_out_codes(model, config, unseen, device)
     if codes is not None:
         sets["held-out objects"] = latents_of(model, codes)
@@ -357,6 +368,8 @@ def main(argv=None):
                           for column in columns)]
                  for name, row in some.items() if row.keys() & set(columns) or name == "ours"]
         text.append(markdown(title, ["", *(f"{c}, %" if c in PERCENT else c for c in columns)], lines))
+    if costs:
+        text.append(markdown("Cost", ["", "parameters", "training, s", "a sample, s"], costs))
     print("\n" + "\n".join(text))
     save_text(out / "tables.md", "\n".join(text))
     save_json(out / "tables.json", {"config": asdict(config), "rows": rows, "more": more})

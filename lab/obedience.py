@@ -1,6 +1,6 @@
 """
-Does chapters/prompt.py obey?  64 prompts that name kind, palette and outline, 8 samples each, read by a network
-that was trained on photos of other objects (fresh.Reader).
+Does chapters/prompt.py obey?  64 prompts that name kind, palette and outline, 8 samples each, read by a
+network that was trained on photos of other objects (fresh.Reader).
 
     obeyed      the share of samples whose kind, palette, outline, all three are read as asked
     reached     the share of prompts for which some sample is read as asked
@@ -17,7 +17,7 @@ out  runs/obedience/             tables.md, tables.json, figure.png (guidance we
 run  python -m lab.obedience
 read descriptions, obedience, main.
 """
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from chapters import prompt
 from common import Run, UserError, command, parse_config, pick_device, save_figure, save_text
 from diffusion import latents_of, load_denoiser, nearest
 from lab import evaluate
-from lab.evaluate import markdown, pixels, see_volumes, shown
+from lab.evaluate import markdown, pixels, see_volumes
 from lab.fresh import FACTORS, cell_of, held_out_codes, read, see_objects, train_reader, training_cells
 from lab.metrics import chamfer
 from sample import is_copy, save_json
@@ -61,7 +61,8 @@ def descriptions(count):
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = sorted((every[k] for k in order), key=lambda cell: not held_out(*cell))[:count]
     texts = [f"{palette} {SAID[1][part]} {SAID[0][kind]}" for kind, palette, part in chosen]
-    wanted = torch.tensor([[values.index(one) for values, one in zip(FACTORS.values(), cell)] for cell in chosen])
+    wanted = torch.tensor([[values.index(one) for values, one in zip(FACTORS.values(), cell)]
+                           for cell in chosen])
     return texts, wanted, torch.tensor([not held_out(*cell) for cell in chosen])
 
 
@@ -72,7 +73,7 @@ def pairs(group, distance):
 
 
 def variety(some, group, fresh, their_group):
-    """-> how far those of one group are from each other by shape and by picture, over how far fresh ones are"""
+    """-> how far those of one group are from each other, by shape and by picture, over how far fresh ones are"""
     shape = lambda one: chamfer(one["points"], one["points"]).sqrt()
     picture = lambda one: torch.cdist(pixels(one), pixels(one))
     return [(pairs(group, far(some)) / pairs(their_group, far(fresh))).item() for far in (shape, picture)]
@@ -100,9 +101,9 @@ def main(argv=None):
     fresh = see_objects(run.folder / "fresh.pt", "fresh", range(config.fresh), config, 8, config.points, run)
     unseen = {key: value[:config.fits] for key, value in fresh.items()}
     decoded = see_volumes(model, latents_of(model, held_out_codes(model, config, unseen, device)), config)
-    labels = lambda some: read(reader, some["rgb"][:, :4])[1]
-    rows = {"ceiling: photos of fresh objects": obedience(labels(fresh), fresh["true labels"]),
-            "ceiling: fresh objects, decoded": obedience(labels(decoded), unseen["true labels"])}
+    read_off = lambda some: read(reader, some["rgb"][:, :4])[1]
+    rows = {"ceiling: photos of fresh objects": obedience(read_off(fresh), fresh["true labels"]),
+            "ceiling: fresh objects, decoded": obedience(read_off(decoded), unseen["true labels"])}
 
     # Ours: `count` samples of each prompt, from the same seeds
     texts, wanted, known = descriptions(config.prompts)
@@ -116,7 +117,7 @@ def main(argv=None):
 
     def judged(name, latents, wanted, group):
         some = see_volumes(model, latents, config)
-        read_as = labels(some)
+        read_as = read_off(some)
         distance, whose = nearest(latents, training)
         pieces = some["piece"][whole[whose[:, 0].cpu()]] < 0.95
         reached = [(read_as[group == k] == wanted[group == k]).all(1).any().item() for k in group.unique()]
@@ -139,20 +140,22 @@ def main(argv=None):
     for weight in config.weights:
         denoiser.guidance = weight
         name = f"guidance {weight:g}"
-        judged(name, drawn(some, few), wanted[::3].repeat_interleave(few, 0), group[::3].repeat_interleave(few))
+        again = lambda values: values[::3].repeat_interleave(few, 0)
+        judged(name, drawn(some, few), again(wanted), again(group))
         curve.append([rows[name][key] for key in ("all three", "variety, shapes", "variety, pictures")])
 
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     percent = {key for key in columns if "variety" not in key}
-    cell = lambda key, value: shown("copies" if key in percent else "d", None if value is None else (value, None))
+    cell = lambda key, value: "-" if value is None else f"{100 * value:.1f}" if key in percent else f"{value:.2f}"
     text = markdown("Obedience", ["", *(f"{key}, %" * (key in percent) or key for key in columns)],
                     [[name, *(cell(key, row.get(key)) for key in columns)] for name, row in rows.items()])
-    text += f"\n{len(texts)} prompts, {config.count} samples each; guidance rows: every third prompt, {few} each.\n"
+    text += f"\n{len(texts)} prompts, {config.count} samples each; guidance: every third prompt, {few} each.\n"
     print("\n" + text)
     save_text(out / "tables.md", text)
     save_json(out / "tables.json", {"config": asdict(config), "rows": rows, "prompts": texts})
     axis = Figure(figsize=(5, 3.4), layout="constrained").subplots()
-    for values, label in zip(zip(*curve), ("read as asked, all three", "variety of shapes", "variety of pictures")):
+    labels = "read as asked, all three", "variety of shapes", "variety of pictures"
+    for values, label in zip(zip(*curve), labels):
         axis.plot(config.weights, values, "o-", ms=3, label=label)
     axis.set(xlabel="guidance weight", ylim=(0, None))
     axis.legend()

@@ -1,16 +1,19 @@
 """The chapters: their networks do what they say, and each trains by a stage's loop."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import diffusion
 import volume_render
-from chapters import few_views, hybrid, unet
+from autodecoder import load_autodecoder
+from chapters import few_views, find_camera, hybrid, unet
 from common import UserError
-from conftest import train
+from shapes.photos import read_photos
 from test_diffusion import Linear
 
 # ---- hybrid ----
@@ -90,24 +93,130 @@ def test_a_stage_does_not_take_a_chapters_model_for_its_own(data, tmp_path):
 
 # ---- few views ----
 
-def test_codes_are_fitted_to_unseen_objects(data, trained, tmp_path, capsys):
-    flags = ["--autodecoder", str(trained), "--data", str(data / "earphones_test"), "--out", str(tmp_path),
-             "--device", "cpu", "--steps", "5", "--objects", "0"]
-    for views in ("1", "2"):
-        few_views.main([*flags, "--views", views])
+@pytest.fixture(scope="module")
+def denoised(trained, tmp_path_factory):
+    """Stage 2, smoke-sized, on the smoke-sized autodecoder"""
+    out = tmp_path_factory.mktemp("few") / "diffusion"
+    diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--device", "cpu",
+                    "--out", str(out)])
+    return out
+
+
+def test_answers_for_unseen_objects(data, denoised, tmp_path, capsys):
+    flags = ["--preset", "smoke", "--diffusion", str(denoised), "--data", str(data / "earphones_test"),
+             "--out", str(tmp_path), "--device", "cpu", "--objects", "0"]
+    for views, more in (("1", ["--count", "2"]), ("2", [])):
+        few_views.main([*flags, "--views", views, *more])
         said = capsys.readouterr().out
-        assert "2 unseen objects" in said and f"{views} photos each" in said
+        assert "2 unseen objects" in said and f"{views} photos each" in said and "better than fit_codes" in said
         assert (tmp_path / f"views_{views}.png").exists()
-        assert "ours" in (tmp_path / f"views_{views}.txt").read_text()
+        text = (tmp_path / f"views_{views}.txt").read_text()
+        assert all(name in text for name in ("ours", "fit_codes", "nearest training object"))
+        assert ("2 answers" in text) == (views == "1")
+    assert (tmp_path / "answers.png").exists()
     with pytest.raises(UserError, match="--views 6"):
         few_views.main([*flags, "--views", "6"])
 
 
-def test_one_object_has_no_spread_to_fit_by(data, tmp_path):
-    train(data, tmp_path / "one", "--objects", "1")
-    with pytest.raises(UserError, match="knows one object"):
-        few_views.main(["--autodecoder", str(tmp_path / "one"), "--data", str(data / "earphones_test"),
-                        "--out", str(tmp_path)])
+def test_a_mirrored_photo_is_a_photo_of_the_mirrored_object(data):
+    """Render a volume and its mirror image: the mirrored camera must see the mirror image of the picture"""
+    photos = read_photos(data / "earphones_test", 32, 1)
+    both, V = few_views.mirrored(photos), photos.rgb.shape[1]
+    volume = torch.randn(1, 4, 8, 8, 8)
+    model = SimpleNamespace(config=SimpleNamespace(samples=16), field=volume_render.voxel_field)
+    see = lambda some, view: volume_render.render_volumes(model, some, both.pose[0, view][None], both.intrinsics[0],
+                                                          32)[0][0, 0]
+    for view in range(2):
+        assert (see(volume, view).flip(1) - see(volume.flip(-1), V + view)).abs().max() < 1e-4
+        assert torch.equal(both.rgb[0, V + view], photos.rgb[0, view].flip(1))
+        assert torch.linalg.det(both.pose[0, V + view, :3, :3]) > 0.99
+
+
+def test_descent_moves_towards_the_photos_and_is_held_back(trained, data):
+    model, _ = load_autodecoder(trained)
+    photos, objects = read_photos(data / "earphones_test", 32, 2), torch.arange(2)
+    start = model.codes[:2].detach()
+    ways = {}
+    for weight in (0.0, 1e4):
+        end = few_views.descend(model.volumes_of, start, torch.ones(()), weight, photos, torch.arange(2), objects,
+                                model, 10, 0.1, 0)
+        ways[weight] = (end - start).norm().item()
+    assert ways[0.0] > 2 * ways[1e4] > 0
+
+
+# ---- an unknown camera ----
+
+def test_poses_with_gradients_are_the_common_ones():
+    azimuth, elevation = torch.tensor([0.3, -2.0, 2.5]), torch.tensor([0.1, -0.8, 1.2])
+    distance = torch.tensor([1.3, 1.0, 2.0], requires_grad=True)
+    poses = find_camera.pose_at(azimuth, elevation, distance)
+    for k in range(3):
+        wanted = common.camera_to_world_at(azimuth[k].rad2deg().item(), elevation[k].rad2deg().item(),
+                                           distance[k].item())
+        assert (poses[k] - wanted).abs().max() < 1e-5
+    poses.sum().backward()
+    assert distance.grad.abs().sum() > 0
+
+
+def test_silhouettes_are_cut_out_and_made_equal():
+    masks = torch.zeros(2, 160, 160)
+    masks[0, 16:48, 40:104] = 1
+    masks[1, 80:96, 20:52] = 1                                             # the same, half as large, elsewhere
+    small, middle, size = find_camera.silhouettes(masks)
+    assert (small[0] - small[1]).abs().mean() < 0.02 and small[0].mean() == pytest.approx(0.5, abs=0.06)
+    assert torch.allclose(middle, torch.tensor([[0.45, 0.2], [0.225, 0.55]])) and torch.allclose(size, torch.tensor([0.4, 0.2]))
+
+
+def test_a_mirror_image_is_counted_apart():
+    pose = common.camera_to_world_at(30, 20, 1.3)[:3, :3].float()
+    mirrored = common.camera_to_world_at(150, 20, 1.3)[:3, :3].float()     # x becomes -x
+    assert find_camera.apart(pose, mirrored) > 90
+    images = find_camera.mirror_images(pose)
+    assert find_camera.apart(images["left and right"], mirrored) < 0.1
+    assert find_camera.apart(images["front and back"],
+                             common.camera_to_world_at(-30, 20, 1.3)[:3, :3].float()) < 0.1
+    assert find_camera.apart(pose, common.camera_to_world_at(40, 20, 1.3)[:3, :3].float()) == pytest.approx(10, abs=0.1)
+
+
+@pytest.mark.parametrize("form", ["alpha.png", "white.png", "turned.jpg", "large.png"])
+def test_any_photo_is_cut_and_squared(form, tmp_path):
+    size = (3000, 2000) if form == "large.png" else (300, 200)
+    n = size[0] // 300
+    image = Image.new("RGBA", size, (255, 255, 255, 0) if form == "alpha.png" else "white")
+    image.paste((200, 30, 30, 255), (40 * n, 60 * n, 120 * n, 100 * n))    # 80 x 40, red
+    image.paste((30, 30, 200, 255), (40 * n, 60 * n, 60 * n, 100 * n))     # its left quarter blue
+    if form == "turned.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6                                                   # "turn it clockwise to look at it"
+        image.convert("RGB").rotate(90, expand=True).save(tmp_path / form, exif=exif, quality=95)
+    else:
+        image.save(tmp_path / form)
+    rgb, mask = find_camera.read_one(tmp_path / form, 64)
+    assert rgb.shape == (64, 64, 3) and mask.shape == (64, 64)
+    y, x = (mask > 0.5).nonzero().T
+    assert abs((x.max() - x.min()).item() - 45) <= 2 and abs((y.max() - y.min()).item() - 22) <= 2
+    assert abs(x.float().mean() - 31.5) < 1.5 and abs(y.float().mean() - 31.5) < 1.5
+    assert rgb[32, 14, 2] > 0.6 and rgb[32, 45, 0] > 0.6 and rgb[2, 2].min() > 0.97
+
+
+@pytest.mark.parametrize("name, said", [("white.png", "0% of it shows"), ("none.png", "is no picture"),
+                                        ("text.png", "is no picture")])
+def test_a_photo_of_nothing_is_one_sentence(name, said, tmp_path):
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "white.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=said):
+        find_camera.read_one(tmp_path / name, 32)
+
+
+def test_a_photo_without_camera(data, denoised, tmp_path, capsys):
+    photo = next((data / "earphones_test").glob("*/rgb/000000.png"))
+    few_views.main(["--preset", "smoke", "--diffusion", str(denoised), "--photo", str(photo), "--device", "cpu",
+                    "--out", str(tmp_path), "--count", "2"])
+    assert "Camera: azimuth" in capsys.readouterr().out
+    assert (tmp_path / "photo.png").exists() and (tmp_path / "viewer.html").exists()
+    find_camera.main(["--preset", "smoke", "--diffusion", str(denoised), "--data", str(data / "earphones_test"),
+                      "--device", "cpu", "--out", str(tmp_path / "cameras")])
+    assert "error of the rotation" in (tmp_path / "cameras/cameras.txt").read_text()
 
 
 # ---- unet ----

@@ -1,13 +1,14 @@
 """Configuration, safe writing and pictures."""
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +327,36 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(tmp_path, 
         run.save({"step": 2})
     assert common.load_checkpoint(tmp_path / "previous.pt")["step"] == 1
     run.lock.close()
+
+
+# ---- a run judges itself ----
+
+@dataclass
+class Knobs:
+    steps: int = 5                 # how long
+    out: str = ""                  # where
+
+
+def test_a_number_is_compared_with_the_promised_one_and_never_fails():
+    import diffusion
+    from chapters import unet
+    usual = diffusion.Config()
+    say = lambda config, value: common.judge(config, diffusion.FREE, f"error {value}", value, 1, 2, "README.md")
+    assert say(usual, 1.5) == "error 1.5: as expected (1 to 2)"
+    assert say(usual, 3.0) == "error 3.0: expected 1 to 2; see README.md"
+    assert "expected 1 to 2" in say(usual, float("nan"))
+    assert "not judged" in say(replace(usual, steps=3), 1.5) and "not judged" in say(unet.Config(), 1.5)
+    assert "as expected" in say(replace(usual, out="elsewhere", log_every=1), 1.5)
+
+
+def test_the_last_line_tells_time_and_memory(capsys):
+    common.command(lambda: None)
+    assert re.search(r"in 0s; peak memory \d+\.\d GB", capsys.readouterr().out)
+
+
+def test_a_finished_run_cannot_be_lengthened_and_says_why(tmp_path):
+    config = lambda steps: Knobs(steps=steps, out=str(tmp_path))
+    with common.Run(tmp_path, "stage", config(5), ("steps",)):
+        pass
+    with pytest.raises(UserError, match="learning rates fell to their end"):
+        common.Run(tmp_path, "stage", config(9), ("steps",))

@@ -9,6 +9,7 @@ import diffusion
 from chapters import prompt
 from common import UserError
 from lab import obedience
+from shapes import captions
 from shapes.earphones import draw_factors
 
 FACTORS = [draw_factors("train", index) for index in range(72)]
@@ -16,12 +17,12 @@ FACTORS = [draw_factors("train", index) for index in range(72)]
 
 @pytest.mark.parametrize("text, factors", [
     ("Navy over ear headphones, D-shaped", dict(palette=("navy",), kind=("over-ear",), part=("D",))),
-    ("a blue gaming headset", dict(palette=("navy",), kind=prompt.HEAD, boom=(True,))),
+    ("a blue gaming headset", dict(palette=("navy",), kind=captions.HEAD, boom=(True,))),
     ("headphones, on-ear", dict(kind=("on-ear",))),
     ("buds of the drop shape", dict(kind=("buds",), band=("drop",))),
     ("earphones", {})])
 def test_words_are_understood(text, factors):
-    assert prompt.understood(text) == factors
+    assert captions.understood(text) == factors
 
 
 @pytest.mark.parametrize("text, said", [
@@ -43,13 +44,13 @@ def test_captions_are_true_and_do_not_say_everything():
     for k in range(200):
         shapes = [FACTORS[k % 72], FACTORS[(k * 5 + 6) % 72]][:1 + k % 2]
         colours = FACTORS[(k * 7) % 72]
-        text = prompt.caption(shapes, colours, generator)
-        allowed = prompt.understood(text)                                # every word is in the vocabulary
+        text = captions.caption(shapes, colours, generator)
+        allowed = captions.understood(text)                                # every word is in the vocabulary
         for factor, values in allowed.items():
             assert all(one[factor] in values for one in ([colours] if factor == "palette" else shapes)), text
         lengths.add(len(allowed))
     assert {0, 1, 2, 3} <= lengths
-    texts = {prompt.caption([FACTORS[0]], FACTORS[0], generator) for _ in range(50)}
+    texts = {captions.caption([FACTORS[0]], FACTORS[0], generator) for _ in range(50)}
     assert len(texts) > 15                                               # synonyms, and what is left out
 
 
@@ -80,6 +81,8 @@ def test_a_prompt_is_trained_for_once_and_then_asked(asked_once, capsys):
     assert "white buds: seed 3" in (out / "asked/viewer.html").read_text()
     with pytest.raises(UserError, match="by a chapter"):
         diffusion.load_denoiser(out)
+    prompt.main(["white buds", *flags, "--fresh"])
+    assert "step 8/8" in capsys.readouterr().out
 
 
 def test_training_stopped_and_continued_is_the_same(asked_once, trained, tmp_path):
@@ -112,9 +115,9 @@ def test_guidance_follows_its_equation(asked_once):
 
 def test_one_caption_in_ten_is_silent(asked_once):
     model, names, denoiser = diffusion.load_denoiser(asked_once[0], "cpu", "", prompt.Config, prompt.PromptDenoiser)
-    denoiser.captions = torch.ones(5, denoiser.config.captions, len(prompt.MEANINGS))
+    denoiser.captions = torch.ones(5, denoiser.config.captions, len(captions.MEANINGS))
     told, = denoiser.told(torch.arange(5).repeat(400), torch.Generator().manual_seed(0))
-    assert set(told.sum(1).tolist()) == {0.0, len(prompt.MEANINGS)}
+    assert set(told.sum(1).tolist()) == {0.0, len(captions.MEANINGS)}
     assert 0.07 < (told.sum(1) == 0).float().mean() < 0.13
 
 
@@ -144,7 +147,7 @@ def test_prompts_ask_for_what_no_training_object_has():
     texts, wanted, known = obedience.descriptions(64)
     assert len(set(texts)) == 64 and (~known).sum() == 21
     for text, labels, old in zip(texts, wanted.tolist(), known):
-        allowed = prompt.understood(text)
+        allowed = captions.understood(text)
         cell = [values[k] for values, k in zip(obedience.FACTORS.values(), labels)]
         assert [allowed[factor] for factor in ("kind", "palette", "part")] == [(one,) for one in cell]
         assert obedience.held_out(*cell) != old

@@ -28,7 +28,15 @@ SMALL = {                                      # what makes each small; of a fla
     "viewer.box": "",
     "chapters.hybrid": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --holdout_views 4 "
                                "--objects 4 --channels 8 ",
-    "chapters.few_views": "--objects 2 --steps 2 --device cpu ",
+    "chapters.few_views": "--preset smoke --objects 2 --device cpu ",
+    "chapters.find_camera": "--preset smoke --device cpu ",
+    "chapters.prompt": STAGE + "--preview_every 4 --save_every 4 --count 1 ",
+    "lab.obedience": "--preset smoke --device cpu ",
+    "chapters.analytic": "--preset smoke --device cpu ",
+    "chapters.gaudi": STAGE + "--preview_every 4 --save_every 4 ",
+    "chapters.gan3d": "--preset smoke --device cpu ",
+    "chapters.autoregressive": "--preset smoke --device cpu ",
+    "chapters.families": "--device cpu ",
     "chapters.unet": STAGE + "--preview_every 4 --save_every 4 --levels 8 8 --count 2 "}
 OWN = "--objects 4 --test_objects 3 "          # of the procedural set, not of ShapeNet's
 
@@ -53,6 +61,8 @@ def made(tmp_path_factory):
     for synset in ("03261776", "03001627"):
         shutil.copytree(golden, home / "ShapeNetCore.v2" / synset)
     render_shapenet.main([*shlex.split(SMALL["render_shapenet"] + OWN), "--out", str(folder / "made")])
+    photo = next((folder / "made/earphones_train").glob("*/rgb/000000.png"))
+    shutil.copy(photo, folder / "my.png")
     for place in (home / "cars_train", home / "cars_val", folder / "my_photos"):    # SRN's: without masks
         shutil.copytree(folder / "made/earphones_train", place, ignore=shutil.ignore_patterns("mask"))
     return folder

@@ -1,0 +1,252 @@
+"""
+A chapter on stage 2: a codebook and a transformer, as a language model writes text (VQ-VAE, van den Oord
+2017).
+
+    latent (16 x 8^3) --encoder--> 4^3 vectors --nearest of 1,024 code words--> 64 tokens --decoder--> latent
+    p(tokens) = product over t of p(token_t | tokens before it)
+
+First an encoder and a decoder learn to write a latent as 64 tokens: each is a word of a codebook, and says
+what is in one of 4^3 boxes of space.  Then a transformer learns to guess the next token, box after box, from
+the bottom to the top.  To sample, it draws one token after the other.  To *complete* an object, the tokens of
+its lower half are given, and it draws the rest: in several ways, because many upper halves fit.
+
+The nearest word has no gradient.  So the decoder's gradient is handed to the encoder as if the word were the
+vector itself ("straight through"), the vector is drawn to its word, and the word to the mean of its vectors.
+
+in   runs/autodecoder/last.pt        stage 1; without it the model in the box
+out  runs/autoregressive/            last.pt, log.jsonl, curve.png, latents.pt, samples.png, report.txt;
+                                     completed.png: given object, its lower half, six completions of each
+run  python -m chapters.autoregressive
+     python -m lab.evaluate --rows runs/autoregressive           in the lab's table
+read Codebook, Transformer, drawn, main.
+"""
+import math
+import time
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import diffusion
+from autodecoder import fingerprint, load_autodecoder, plot_log
+from chapters.families import with_box, write_samples
+from common import (CLIP, Run, UserError, command, fill, grid, learning_rate_share, parse_config, pick_device,
+                    save_picture, to_bytes)
+from diffusion import RobustNorm, latents_of, recombined
+from volume_render import ANGLES, SIZE, cameras, psnr, render_views
+
+
+@dataclass
+class Config:
+    autodecoder: str = "runs/autodecoder"  # stage 1's folder
+    out: str = "runs/autoregressive"     # folder for the model, the log and the samples
+    recombinations: int = 4096           # codes to learn from (at least 1)
+    among: int = 8                       # as in stage 2: shapes are mixed within the nearest 8
+    spread: float = 1.6                  # as in stage 2 (from 0 to 4)
+    words: int = 1024                    # in the codebook (at least 2)
+    channels: int = 64                   # of the encoder and decoder; a word has as many numbers (at least 1)
+    width: int = 192                     # of the transformer (at least 8)
+    layers: int = 4                      # of the transformer (at least 1)
+    first_steps: int = 2000              # gradient steps of the codebook (at least 1)
+    steps: int = 3000                    # gradient steps of the transformer (at least 1)
+    batch: int = 64                      # latents in a step (at least 2)
+    lr: float = 1e-3                     # learning rate of both, at its highest
+    temperature: float = 1.0             # below 1: likelier tokens, less variety (from 0.01 to 10)
+    count: int = 192                     # samples drawn at the end (at least 2)
+    seed: int = 0                        # of the weights, the batches and the samples
+    device: str = "auto"                 # auto, cpu or cuda
+    log_every: int = 20                  # steps between log lines (at least 1)
+    save_every: int = 500                # steps between checkpoints (at least 1)
+    fresh: bool = False                  # throw away the run in --out and start over
+
+
+PRESETS = {"cpu": {}, "gpu": dict(steps=20000, width=384, layers=8),
+           "smoke": dict(recombinations=32, words=16, channels=8, width=16, layers=1, first_steps=4, steps=4,
+                         batch=4, count=2, save_every=2, log_every=2)}
+FREE = ("out", "device", "log_every", "save_every", "fresh", "count", "temperature")
+
+
+class Codebook(nn.Module):
+    """Latents to tokens and back.  A box is 2^3 cells of the latent."""
+
+    def __init__(self, config, channels):
+        super().__init__()
+        c = config.channels
+        self.encoder = nn.Sequential(nn.Conv3d(channels, c, 3, padding=1), nn.SiLU(), nn.Conv3d(c, c, 2, 2),
+                                     nn.SiLU(), nn.Conv3d(c, c, 1))
+        self.decoder = nn.Sequential(nn.Conv3d(c, 2 * c, 3, padding=1), nn.SiLU(), nn.Conv3d(2 * c, 8 * c, 1),
+                                     Unfold(), nn.SiLU(), nn.Conv3d(c, c, 3, padding=1), nn.SiLU(),
+                                     nn.Conv3d(c, channels, 3, padding=1))
+        self.register_buffer("words", torch.randn(config.words, c))
+        self.register_buffer("used", torch.ones(config.words))         # running counts, and sums of vectors
+        self.register_buffer("sums", torch.zeros(config.words, c))
+
+    def tokens(self, vectors):
+        """(B,c,n,n,n) -> (B,n^3): the nearest word's number, box by box, x fastest, z slowest"""
+        return torch.cdist(vectors.flatten(2).mT.reshape(-1, vectors.shape[1]), self.words).argmin(1).view(
+            len(vectors), -1)
+
+    def spell(self, tokens):
+        """(B,n^3) -> (B,c,n,n,n)"""
+        side = round(tokens.shape[1] ** (1 / 3))
+        return self.words[tokens].mT.reshape(len(tokens), -1, side, side, side)
+
+    def loss(self, latents, generator):
+        """-> error of the latents, and how far vectors are from their words; moves the words"""
+        vectors = self.encoder(latents)
+        tokens = self.tokens(vectors.detach())
+        spelled = self.spell(tokens)
+        through = vectors + (spelled - vectors).detach()             # the word's value, the vector's gradient
+        with torch.no_grad():
+            flat, words = vectors.flatten(2).mT.reshape(-1, vectors.shape[1]), tokens.flatten()
+            self.used.mul_(0.98).index_add_(0, words, torch.full((len(words),), 0.02, device=words.device))
+            self.sums.mul_(0.98).index_add_(0, words, 0.02 * flat)
+            mean = self.sums / self.used[:, None]
+            self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
+            # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
+            dead = (self.used < 0.01).nonzero()[:, 0]
+            some = torch.randint(len(flat), (len(dead),), generator=generator).to(flat.device)
+            self.words[dead], self.used[dead], self.sums[dead] = flat[some], 0.02, 0.02 * flat[some]
+        return (self.decoder(through) - latents).square().mean(), (vectors - spelled).square().mean()
+
+
+class Unfold(nn.Module):
+    """(B,8C,n,n,n) -> (B,C,2n,2n,2n): each box names its eight cells"""
+    def forward(self, x):
+        B, _, n, _, _ = x.shape
+        x = x.view(B, -1, 2, 2, 2, n, n, n).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(B, -1, 2 * n, 2 * n, 2 * n)
+
+
+class Transformer(nn.Module):
+    """Tokens before t -> logits of token t.  Each box may look at all earlier ones, at no later one."""
+
+    def __init__(self, config, length):
+        super().__init__()
+        self.begin = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.word = nn.Embedding(config.words, config.width)
+        self.place = nn.Parameter(0.02 * torch.randn(length, config.width))
+        heads = max(h for h in (1, 2, 4, 6) if config.width % h == 0)
+        self.layers = nn.ModuleList([
+            nn.TransformerEncoderLayer(config.width, heads, 4 * config.width, 0.1, F.gelu, batch_first=True,
+                                       norm_first=True) for _ in range(config.layers)])
+        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.words))
+
+    def forward(self, tokens):
+        """(B,T) -> logits (B,T+1,words), or (B,T,words) if T is all: the first from nothing"""
+        x = torch.cat([self.begin.expand(len(tokens), -1, -1), self.word(tokens)], 1)[:, :len(self.place)]
+        x = x + self.place[:x.shape[1]]
+        mask = torch.full((x.shape[1],) * 2, -math.inf, device=x.device).triu(1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.leave(x)
+
+
+@torch.no_grad()
+def drawn(transformer, given, length, generator, temperature):
+    """Given tokens (B,T) -> (B,length): the rest is drawn, one after the other"""
+    tokens = given
+    while tokens.shape[1] < length:
+        logits = transformer(tokens)[:, -1] / temperature
+        one = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator).to(tokens.device)
+        tokens = torch.cat([tokens, one], 1)
+    return tokens
+
+
+def main(argv=None):
+    config = parse_config(Config, PRESETS, with_box(argv, Config))
+    device = pick_device(config.device)
+    model, names = load_autodecoder(config.autodecoder, device)
+    side = model.config.latent_resolution
+    if side % 2 or len(names) < 3:
+        raise UserError(f"{config.autodecoder}: a latent of even side, of at least 3 objects, is wanted")
+    run = Run(config.out, "autoregressive", config, [f.name for f in fields(Config) if f.name not in FREE])
+
+    # Learn from recombined codes; the objects' own measure how likely the transformer finds what it never saw
+    generator = torch.Generator().manual_seed(config.seed)
+    own = latents_of(model, model.codes)
+    norm = RobustNorm(own.shape[1:]).to(device)
+    norm.fit(own)
+    data = norm.normalize(latents_of(model, recombined(model, config.recombinations, generator, config)))
+    kept = norm.normalize(own)
+    scale = data.square().mean().sqrt()
+    data, kept = data / scale, kept / scale
+    read = lambda tokens: torch.cat([codebook.decoder(codebook.spell(part)) for part in tokens.split(64)])
+    to_latents = lambda tokens: read(tokens) * scale * norm.scale + norm.shift + norm.centre
+
+    torch.manual_seed(config.seed)
+    codebook, length = Codebook(config, len(own[0])).to(device), (side // 2) ** 3
+    transformer = Transformer(config, length).to(device)
+    weights = [p for p in codebook.parameters()], list(transformer.parameters())
+    optimizers = [torch.optim.AdamW(some, weight_decay=0.01, betas=(0.9, 0.99)) for some in weights]
+    state, step = run.load("codebook", "transformer", "step"), 0
+    if state:
+        if state["autodecoder"] != fingerprint(model):
+            raise UserError(f"{config.out} was trained on another autodecoder: start over with --fresh")
+        fill(codebook, state["codebook"], config.out)
+        fill(transformer, state["transformer"], config.out)
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+
+    total, tokens = config.first_steps + config.steps, None
+    write = torch.no_grad()(lambda some: torch.cat([codebook.tokens(codebook.encoder(part))
+                                                    for part in some.split(64)]))
+    bits = lambda some: F.cross_entropy(transformer(some).flatten(0, 1), some.flatten()) / math.log(2)
+    with run:
+        while step < total:
+            second = step >= config.first_steps
+            here, steps = (step - config.first_steps, config.steps) if second else (step, config.first_steps)
+            optimizers[second].param_groups[0]["lr"] = config.lr * learning_rate_share(here, steps, 0.03)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            torch.manual_seed(config.seed * 1_000_003 + step)                          # the dropout's
+            item = torch.randint(len(data), (config.batch,), generator=generator).to(device)
+            if second:
+                tokens = write(data) if tokens is None else tokens
+                numbers = {"bits": (loss := bits(tokens[item]))}
+            else:
+                error, apart = codebook.loss(data[item], generator)
+                loss, numbers = error + 0.25 * apart, {"error": error, "apart": apart}
+            optimizers[second].zero_grad()
+            loss.backward()
+            norm_ = nn.utils.clip_grad_norm_(weights[second], CLIP)
+            if run.finite(step, loss.item() + norm_.item()):
+                optimizers[second].step()
+            step += 1
+
+            if step % config.log_every == 0 or step == total:
+                run.log(step, total, **{name: number.item() for name, number in numbers.items()})
+            if step % config.save_every == 0 or step == total or run.stopping:
+                run.save({"config": asdict(config), "step": step, "autodecoder": fingerprint(model),
+                          "codebook": codebook.state_dict(), "transformer": transformer.state_dict(),
+                          "optimizers": [some.state_dict() for some in optimizers]})
+            run.stop_if_asked(step)
+
+    transformer.eval()
+    with torch.no_grad():
+        mine, generator, began = write(kept), torch.Generator().manual_seed(config.seed), time.time()
+        held = bits(mine).item()
+        latents = to_latents(drawn(transformer, mine.new_zeros(config.count, 0), length, generator,
+                                   config.temperature))
+        seconds = (time.time() - began) / config.count
+        write_samples(run.folder, model, latents, sum(p.numel() for some in weights for p in some), seconds)
+
+        # Completion: the tokens of the lower half are given.  How well is that half kept?
+        some = torch.linspace(0, len(mine) - 1, min(4, len(mine))).long()
+        half = mine[some, :length // 2].repeat_interleave(6, 0)
+        whole = torch.cat([own[some], to_latents(mine[some]),
+                           to_latents(drawn(transformer, half, length, generator, config.temperature))])
+        rgb = render_views(model, whole, cameras(ANGLES[:1]), SIZE)[0][:, 0]
+        given, spelled, made = rgb[:len(some)], rgb[len(some):2 * len(some)], rgb[2 * len(some):]
+        low = slice(SIZE // 2, None)                                   # the picture's lower half, nearly
+        known = [psnr(made[6 * k + j][low], given[k][low]) for k in range(len(some)) for j in range(6)]
+        rows = [torch.stack([given[k], spelled[k], *made[6 * k:6 * k + 6]]) for k in range(len(some))]
+        save_picture(run.folder / "completed.png", grid(to_bytes(torch.cat(rows)), 8))
+    plot_log(run.folder, "bits for each token", bits="transformer")
+    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, completed.png.  {held:.2f} bits for each of "
+          f"the objects' own tokens; completions keep the lower half to {sum(known) / len(known):.1f} dB")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,174 @@
+"""The other families: each piece against a closed form or a plain loop, and each chapter at smoke size."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+from chapters import analytic, autoregressive, families, gan3d, gaudi
+from common import UserError
+from lab import evaluate
+
+# ---- analytic ----
+
+
+def points_and_x(N=5, side=4):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(N, 3, side, side, side, generator=generator)
+    return points, points[:2] + 0.3 * torch.randn(2, 3, side, side, side, generator=generator)
+
+
+@pytest.mark.parametrize("window, mirror", [(1, False), (3, False), (3, True), (7, False)])
+def test_the_local_denoiser_is_a_softmax_for_each_voxel(window, mirror):
+    points, x = points_and_x()
+    found = analytic.local_denoiser(x, 0.8, points, window, mirror)
+    half = window // 2
+    for b, z, y, w in [(0, 0, 0, 0), (1, 3, 1, 2), (0, 2, 2, 3)]:
+        sums = []
+        for point in points:
+            total = 0
+            for column in (w, 3 - w) if mirror else (w, w):                # the mirror image of a window
+                box = [slice(max(k - half, 0), k + half + 1) for k in (z, y, column)]
+                total += (x[b][:, box[0], box[1], box[2]] - point[:, box[0], box[1], box[2]]).square().sum() / 2
+            sums.append(-total / (2 * 0.8 ** 2))
+        weight = torch.stack(sums).softmax(0)
+        assert torch.allclose(found[b, :, z, y, w], (weight[:, None] * points[:, :, z, y, w]).sum(0), atol=1e-4)
+
+
+def test_a_window_of_everything_is_the_ideal_denoiser_and_copies():
+    points, x = points_and_x()
+    ideal = analytic.local_denoiser(x, 0.8, points, 7, False)
+    weight = (-torch.cdist(x.flatten(1), points.flatten(1)).square() / (2 * 0.64)).softmax(1)
+    assert torch.allclose(ideal.flatten(1), weight @ points.flatten(1), atol=1e-4)
+    assert torch.allclose(ideal, points[:2], atol=1e-3)
+    # Left out, a point can only become another one
+    others = analytic.local_denoiser(x, 0.8, points, 7, False, torch.tensor([0, 1]))
+    assert (others - points[:2]).abs().max() > 0.5
+
+
+def test_the_linear_denoiser_is_wieners():
+    points, x = points_and_x(N=40, side=2)
+    rows = points.flatten(1)
+    mean, C = rows.mean(0), torch.cov(rows.T, correction=0)
+    wanted = mean + (x_flat(x) - mean) @ torch.linalg.solve(C + 0.25 * torch.eye(24), C)
+    assert torch.allclose(analytic.wiener_denoiser(x, torch.tensor(0.5), points).flatten(1), wanted, atol=1e-4)
+    without = analytic.wiener_denoiser(x, torch.tensor(0.5), points, torch.tensor([0, 1]))
+    assert torch.allclose(without[1], analytic.wiener_denoiser(x[1:], torch.tensor(0.5),
+                                                               torch.cat([points[:1], points[2:]]))[0], atol=1e-5)
+
+
+def x_flat(x):
+    return x.flatten(1)
+
+
+def test_leaving_out_prefers_small_windows_where_parts_are_independent():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randint(2, (12, 1, 4, 4, 4), generator=generator).float()
+    config = SimpleNamespace(draws=2, mirror=False)
+    errors = analytic.leave_one_out(points, torch.tensor([0.2]), [1, 7], config)
+    assert errors[1][0] < 0.5 * errors[7][0] and len(errors["Wiener"]) == 1
+
+
+# ---- gan3d ----
+
+def knobs(**change):
+    return SimpleNamespace(**{"widths": (8, 6, 4), "noise": 5, "r1": 1.0, "words": 7, "channels": 6, "width": 12,
+                              "layers": 2, **change})
+
+
+def test_the_gan_makes_latents_and_judges_them():
+    maker, critic = gan3d.Generator(knobs(), 3, 8), gan3d.Discriminator(knobs(), 3, 8)
+    made = maker(torch.randn(2, 5))
+    assert made.shape == (2, 3, 8, 8, 8) and critic(made).shape == (2,)
+
+
+def test_r1_is_the_squared_gradient():
+    weight = torch.randn(3 * 8)
+    critic = lambda x: (x.flatten(1) @ weight) ** 2 / 2
+    real = torch.randn(4, 3, 2, 2, 2)
+    said, penalty = gan3d.r1_penalty(critic, real)
+    slope = (real.flatten(1) @ weight)[:, None] * weight
+    assert torch.allclose(penalty, slope.square().sum(1).mean(), rtol=1e-4)
+    assert torch.allclose(said, critic(real))
+
+
+def test_collapse_is_counted():
+    training = torch.eye(4).view(4, 1, 2, 2, 1)
+    assert gan3d.named(training[[0, 0, 2]] * 1.1, training) == 2
+
+
+# ---- autoregressive ----
+
+def test_tokens_are_the_nearest_words_and_spell_them():
+    codebook = autoregressive.Codebook(knobs(), 3)
+    vectors = torch.randn(2, 6, 2, 2, 2)
+    tokens = codebook.tokens(vectors)
+    assert tokens.shape == (2, 8)
+    for b, t, (z, y, x) in [(0, 0, (0, 0, 0)), (1, 1, (0, 0, 1)), (1, 4, (1, 0, 0))]:
+        apart = (codebook.words - vectors[b, :, z, y, x]).norm(dim=1)
+        assert tokens[b, t] == apart.argmin()
+        assert torch.equal(codebook.spell(tokens)[b, :, z, y, x], codebook.words[tokens[b, t]])
+
+
+def test_words_move_to_the_mean_of_their_vectors_and_gradients_go_straight_through():
+    torch.manual_seed(0)
+    codebook, latents = autoregressive.Codebook(knobs(words=3), 3), torch.randn(4, 3, 4, 4, 4)
+    for _ in range(400):
+        error, apart = codebook.loss(latents, torch.Generator().manual_seed(0))
+    vectors = codebook.encoder(latents)
+    flat, tokens = vectors.flatten(2).mT.reshape(-1, 6), codebook.tokens(vectors).flatten()
+    for k in tokens.unique():
+        assert torch.allclose(codebook.words[k], flat[tokens == k].mean(0), atol=1e-2)
+    error.backward()
+    assert codebook.encoder[0].weight.grad.abs().sum() > 0
+
+
+def test_the_transformer_sees_no_later_token():
+    torch.manual_seed(0)
+    transformer = autoregressive.Transformer(knobs(), 6).eval()
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    later = tokens.clone()
+    later[0, 3:] = 0
+    a, b = transformer(tokens), transformer(later)
+    assert a.shape == (1, 6, 7)
+    assert torch.allclose(a[0, :4], b[0, :4], atol=1e-6) and not torch.allclose(a[0, 4:], b[0, 4:], atol=1e-3)
+    whole = autoregressive.drawn(transformer, tokens[:, :3], 6, torch.Generator().manual_seed(0), 1.0)
+    assert whole.shape == (1, 6) and torch.equal(whole[:, :3], tokens[:, :3])
+
+
+# ---- all ----
+
+@pytest.mark.parametrize("chapter, more", [
+    (analytic, []), (gaudi, ["--steps", "4"]), (gan3d, []), (autoregressive, [])])
+def test_a_family_runs_and_the_lab_takes_it_as_a_row(chapter, more, trained, tmp_path, capsys):
+    flags = ["--preset", "smoke", *more, "--autodecoder", str(trained), "--out", str(tmp_path / "run"),
+             "--device", "cpu"]
+    chapter.main(flags)
+    first = common.load_checkpoint(tmp_path / "run/latents.pt")
+    assert {"parameters", "training_seconds", "sample_seconds"} <= first.keys()
+    assert (tmp_path / "run/samples.png").exists() and "latents.pt" in capsys.readouterr().out
+    if chapter is not analytic:
+        chapter.main(flags)                                       # trained already: the same samples
+        assert torch.equal(common.load_checkpoint(tmp_path / "run/latents.pt")["latents"], first["latents"])
+    from autodecoder import load_autodecoder
+    model, _ = load_autodecoder(trained)
+    config = SimpleNamespace(rows=(str(tmp_path / "run"),), count=2)
+    found, costs = evaluate.chapters(model, config)
+    assert costs[0][0] == "run" and len(costs[0]) == 4
+    assert list(found) == ["run"] and found["run"].shape[0] == 2
+    families.main(["--autodecoder", str(trained), "--rows", str(tmp_path / "run"), "--out",
+                   str(tmp_path / "families.png")])
+    assert (tmp_path / "families.png").exists()
+
+
+def test_samples_of_another_autodecoder_are_refused(trained, tmp_path):
+    from autodecoder import load_autodecoder
+    model, _ = load_autodecoder(trained)
+    latents = torch.randn(3, *([model.config.latent_channels] + 3 * [model.config.latent_resolution]))
+    families.write_samples(tmp_path, model, latents, 1, 0.1)
+    assert torch.equal(families.read_samples(tmp_path, model)[0], latents)
+    common.save_checkpoint(tmp_path / "latents.pt", {"latents": latents, "autodecoder": "another"})
+    with pytest.raises(UserError, match="another autodecoder"):
+        families.read_samples(tmp_path, model)
