@@ -150,14 +150,14 @@ def command(main):
         raise UserError(f"more memory is needed than there is; the largest knobs are {largest}") from None
 
 def peak_memory():
-    """What this process has held at most, for the last line; nothing on Windows, which keeps no such count"""
+    """What this process has held at most, for the last line; Windows keeps no such count"""
     gpu = torch.cuda.is_available()
-    most = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's, " if gpu else ""
+    said = [f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's"] if gpu else []
     with suppress(ImportError):
         import resource
         unit = 1 if sys.platform == "darwin" else 1024                       # a Mac counts in bytes
-        return f"; peak memory {most}{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
-    return most and f"; peak memory {most}".rstrip(", ")
+        said.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB")
+    return f"; peak memory {', '.join(said)}" * bool(said)
 
 def judge(config, free, what, value, low, high, where):
     """Compares a number with the one that the header promises.  It says so, and never fails a run"""

@@ -170,7 +170,7 @@ def main(argv=None):
     save_figure(out / "windows.png", axis.figure)
     copies = {name: sum(row["copy"] for row in some) / len(some) for name, some in rows.items()}
     print(f"wrote {out}: samples.png, windows.png, latents.pt, report.txt.  Copies: "
-          f"ideal {copies['ideal']:.0%}, local {copies['local']:.0%}, Wiener {copies['Wiener']:.0%} (row L1)")
+          f"ideal {copies['ideal']:.0%}, local {copies['local']:.0%}, Wiener {copies['Wiener']:.0%}")
 
 
 if __name__ == "__main__":

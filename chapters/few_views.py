@@ -57,7 +57,7 @@ class Config:
     count: int = 1                       # answers for each object (from 1 to 16)
     mirror: bool = True                  # use each photo's mirror image too: for symmetric objects
     levels: int = 8                      # noise levels on the way down (at least 1)
-    steps: int = 25                      # gradient steps at each level; six times as many at the end (at least 1)
+    steps: int = 25                      # gradient steps at each level; six times as many last (at least 1)
     pull: float = 1e-3                   # weight of the squared way from the guess, in the codes' deviations
     latent_pull: float = 3e-3            # weight of the latent's squared way from that of its code
     seed: int = 0                        # of the noise and the rays
@@ -73,9 +73,9 @@ def mirrored(photos):
     """The same photos, and after them their mirror images, seen by the mirrored cameras"""
     # The mirror swaps x in the world and in the picture: the pose stays right-handed
     M = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
-    K = photos.intrinsics.clone()
-    return Photos(*(torch.cat([some, some.flip(3)], 1) for some in (photos.rgb, photos.mask)),
-                  torch.cat([photos.pose, M @ photos.pose @ M], 1), K, photos.names)
+    both = lambda some: torch.cat([some, some.flip(3)], 1)
+    return Photos(both(photos.rgb), both(photos.mask) if photos.has_masks else None,
+                  torch.cat([photos.pose, M @ photos.pose @ M], 1), photos.intrinsics, photos.names)
 
 
 def descend(decode, start, unit, weight, photos, views, objects, model, steps, rate, seed):
@@ -165,11 +165,12 @@ def one_photo(model, names, denoiser, config):
                       to_bytes(around)], 1) if len(rgb) == SIZE else to_bytes(around)
     save_picture(out / "photo.png", grid(rows.flatten(0, 1), rows.shape[1]))
     said = [f"answer {k}" for k in range(len(latents[:8]))]
-    write_gallery(out / "viewer.html", model, names, latents[:8], said, denoiser, (config.seed, config.seed + 1))
+    pair = config.seed, config.seed + 1
+    write_gallery(out / "viewer.html", model, names, latents[:8], said, denoiser, pair)
     x, y, z = pose[:3, 3].tolist()
     azimuth, elevation = math.degrees(math.atan2(y, x)), math.degrees(math.asin(z / math.hypot(x, y, z)))
     print(f"wrote {out}: photo.png (photo, ours, four other sides), viewer.html.  Camera: azimuth "
-          f"{azimuth:.0f}, elevation {elevation:.0f} degrees; ours shows the photo to {psnr(same[0], rgb):.1f} dB")
+          f"{azimuth:.0f}, elevation {elevation:.0f} degrees; we show the photo to {psnr(same[0], rgb):.1f} dB")
 
 
 def main(argv=None):
@@ -219,8 +220,8 @@ def main(argv=None):
         each = [sum(psnr(one, t) for one in pair[1]) / config.count for pair, t in zip(every, truth)]
         of = lambda some: sum(some) / N
         given_, other = (of([pair[k] for pair in spread]) for k in (0, 1))
-        lines.append(f"{config.count} answers: deviation on given photos {given_:.4f}, on others {other:.4f}; PSNR "
-                     f"of one {of(each):.2f}, of the best {of(best):.2f}, of their mean {of(mean):.2f}")
+        lines.append(f"{config.count} answers: deviation on given photos {given_:.4f}, on others {other:.4f}; "
+                     f"PSNR of one {of(each):.2f}, of the best {of(best):.2f}, of their mean {of(mean):.2f}")
         rows = [torch.stack([photos.rgb[o, v], *to_bytes(pictures[:, 0]),
                              to_bytes(1 - 4 * pictures[:, 0].std(0))])
                 for o in chosen[:4] for v, pictures in ((views[0], every[o][0]), (view, every[o][1]))]

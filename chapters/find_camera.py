@@ -204,7 +204,7 @@ def main(argv=None):
             f"median {errors[:, 0].median():.1f} degrees; under 15 degrees {direct.float().mean():.0%}; mirror "
             f"images {mirrored.float().mean():.0%} more; median up to a mirror {errors.amin(1).median():.1f} degrees")
     save_text(Path(config.out, "cameras.txt"), "\n".join([*lines, text]) + "\n")
-    print(f"wrote {config.out}/cameras.txt.  {text} (row F2)")
+    print(f"wrote {config.out}/cameras.txt.  {text}")
 
 
 if __name__ == "__main__":

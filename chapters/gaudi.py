@@ -70,8 +70,7 @@ def main(argv=None):
     diffusion.main(argv, Config, PRESETS, CodeDenoiser)
     rows = finish(argv, Config, PRESETS, CodeDenoiser)
     d1 = sum(row["distances"][0] for row in rows) / len(rows)
-    print(f"wrote latents.pt, samples.png, report.txt.  Mean distance to the nearest training latent {d1:.0f} "
-          "(row L2)")
+    print(f"wrote latents.pt, samples.png, report.txt.  Mean distance to the nearest training latent {d1:.0f}")
 
 
 if __name__ == "__main__":

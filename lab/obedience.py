@@ -73,7 +73,7 @@ def pairs(group, distance):
 
 
 def variety(some, group, fresh, their_group):
-    """-> how far those of one group are from each other, by shape and by picture, over how far fresh ones are"""
+    """-> how far those of one group are from each other, by shape and by picture, over fresh objects' """
     shape = lambda one: chamfer(one["points"], one["points"]).sqrt()
     picture = lambda one: torch.cdist(pixels(one), pixels(one))
     return [(pairs(group, far(some)) / pairs(their_group, far(fresh))).item() for far in (shape, picture)]
@@ -146,7 +146,8 @@ def main(argv=None):
 
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     percent = {key for key in columns if "variety" not in key}
-    cell = lambda key, value: "-" if value is None else f"{100 * value:.1f}" if key in percent else f"{value:.2f}"
+    number = lambda key, value: f"{100 * value:.1f}" if key in percent else f"{value:.2f}"
+    cell = lambda key, value: "-" if value is None else number(key, value)
     text = markdown("Obedience", ["", *(f"{key}, %" * (key in percent) or key for key in columns)],
                     [[name, *(cell(key, row.get(key)) for key in columns)] for name, row in rows.items()])
     text += f"\n{len(texts)} prompts, {config.count} samples each; guidance: every third prompt, {few} each.\n"

@@ -124,8 +124,8 @@ def test_a_mirrored_photo_is_a_photo_of_the_mirrored_object(data):
     both, V = few_views.mirrored(photos), photos.rgb.shape[1]
     volume = torch.randn(1, 4, 8, 8, 8)
     model = SimpleNamespace(config=SimpleNamespace(samples=16), field=volume_render.voxel_field)
-    see = lambda some, view: volume_render.render_volumes(model, some, both.pose[0, view][None], both.intrinsics[0],
-                                                          32)[0][0, 0]
+    see = lambda some, view: volume_render.render_volumes(model, some, both.pose[0, view][None],
+                                                          both.intrinsics[0], 32)[0][0, 0]
     for view in range(2):
         assert (see(volume, view).flip(1) - see(volume.flip(-1), V + view)).abs().max() < 1e-4
         assert torch.equal(both.rgb[0, V + view], photos.rgb[0, view].flip(1))
@@ -138,8 +138,8 @@ def test_descent_moves_towards_the_photos_and_is_held_back(trained, data):
     start = model.codes[:2].detach()
     ways = {}
     for weight in (0.0, 1e4):
-        end = few_views.descend(model.volumes_of, start, torch.ones(()), weight, photos, torch.arange(2), objects,
-                                model, 10, 0.1, 0)
+        end = few_views.descend(model.volumes_of, start, torch.ones(()), weight, photos, torch.arange(2),
+                                objects, model, 10, 0.1, 0)
         ways[weight] = (end - start).norm().item()
     assert ways[0.0] > 2 * ways[1e4] > 0
 
@@ -164,7 +164,8 @@ def test_silhouettes_are_cut_out_and_made_equal():
     masks[1, 80:96, 20:52] = 1                                             # the same, half as large, elsewhere
     small, middle, size = find_camera.silhouettes(masks)
     assert (small[0] - small[1]).abs().mean() < 0.02 and small[0].mean() == pytest.approx(0.5, abs=0.06)
-    assert torch.allclose(middle, torch.tensor([[0.45, 0.2], [0.225, 0.55]])) and torch.allclose(size, torch.tensor([0.4, 0.2]))
+    assert torch.allclose(middle, torch.tensor([[0.45, 0.2], [0.225, 0.55]]))
+    assert torch.allclose(size, torch.tensor([0.4, 0.2]))
 
 
 def test_a_mirror_image_is_counted_apart():
@@ -175,7 +176,8 @@ def test_a_mirror_image_is_counted_apart():
     assert find_camera.apart(images["left and right"], mirrored) < 0.1
     assert find_camera.apart(images["front and back"],
                              common.camera_to_world_at(-30, 20, 1.3)[:3, :3].float()) < 0.1
-    assert find_camera.apart(pose, common.camera_to_world_at(40, 20, 1.3)[:3, :3].float()) == pytest.approx(10, abs=0.1)
+    beside = common.camera_to_world_at(40, 20, 1.3)[:3, :3].float()
+    assert find_camera.apart(pose, beside) == pytest.approx(10, abs=0.1)
 
 
 @pytest.mark.parametrize("form", ["alpha.png", "white.png", "turned.jpg", "large.png"])
