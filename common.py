@@ -145,7 +145,7 @@ def command(main):
         if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
             raise
         sizes = {f"--{name} {value}": np.max(value or 0) for name, value in command.knobs.items()
-                 if type(value) in (int, tuple, list) and name != "seed"}
+                 if np.asarray(value).dtype.kind == "i" and name != "seed"}
         largest = ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])
         raise UserError(f"more memory is needed than there is; the largest knobs are {largest}") from None
 
@@ -164,7 +164,7 @@ def judge(config, free, what, value, low, high, where):
     # Another data set or other knobs promise nothing, and a chapter's Config is another's
     usual, here = type(config)(), lambda some: {k: v for k, v in asdict(some).items() if k not in free}
     if here(usual) != here(config) or Path(inspect.getfile(type(config))).parent.name == "chapters":
-        return f"{what}: not judged, because knobs differ from the defaults"
+        return f"{what}: not judged, because this is not the default stage"
     if low <= value <= high:
         return f"{what}: as expected ({low:g} to {high:g})"
     return f"{what}: expected {low:g} to {high:g}; see {where}"

@@ -18,7 +18,7 @@ others.  The window with the least error wins.
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/analytic/                  samples.png (a line for each denoiser), windows.png, latents.pt, report
-run  python -m chapters.analytic                        no training; a minute
+run  python -m chapters.analytic                        no training
      python -m chapters.analytic --window 5             one window for all noise
      python -m lab.evaluate --rows runs/analytic        the local one in the lab's table
 read local_denoiser, wiener_denoiser, leave_one_out, main.
@@ -64,7 +64,8 @@ def windowed(square, window, mirror):
         return square.sum((-3, -2, -1), keepdim=True).expand_as(square)
     # avg_pool divides by window^3 everywhere, because outside the volume the difference counts as 0
     sums = F.avg_pool3d(sums, window, 1, window // 2).view(square.shape) * window ** 3
-    return (sums + sums.flip(-1)) / 2 if mirror else sums         # world x runs along W: left and right
+    # World x runs along W: left and right.  The mean, and not the sum: no more evidence than one window
+    return (sums + sums.flip(-1)) / 2 if mirror else sums
 
 
 def local_denoiser(x, sigma, points, window, mirror, left_out=None):

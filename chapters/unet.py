@@ -144,7 +144,7 @@ class LatentDenoiser(Denoiser):
 
 def main(argv=None):
     argv = with_box(argv, Config)
-    diffusion.main(argv, Config, PRESETS, LatentDenoiser)
+    diffusion.main(argv, Config, PRESETS, LatentDenoiser, (*diffusion.FREE, "count"))
     rows = finish(argv, Config, PRESETS, LatentDenoiser)
     outside = torch.tensor([row["outside"] for row in rows]).quantile(0.95)
     print(f"wrote latents.pt, samples.png, report.txt.  Outside the span, 95th percentile: {outside:.2f} "

@@ -206,6 +206,9 @@ def rivals(model, denoiser, config, device):
 def chapters(model, config):
     """-> {name: latents} of the samples that chapters wrote, at most as many as of ours; and what they cost"""
     found = {Path(row).name: read_samples(row, model) for row in config.rows if row}
+    for name, (latents, _) in found.items():
+        if len(latents) < config.count:
+            print(f"{name}: only {len(latents)} samples, ours are {config.count}: do not compare COV and cells")
     return ({name: latents[:config.count].to(model.shapes.device) for name, (latents, _) in found.items()},
             [[name, *(f"{state[key]:.3g}" for key in ("parameters", "training_seconds", "sample_seconds"))]
              for name, (_, state) in found.items()])
@@ -312,6 +315,7 @@ def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
+    families, costs = chapters(model, config)        # first, because a wrong folder must not cost an hour
     # If a folder cannot be written, say so now, and not after an hour.  Two evaluations may share the cache:
     # they make the same, file by file
     run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
@@ -329,8 +333,7 @@ def main(argv=None):
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
-    others, costs = chapters(model, config)        # first, because a wrong folder must not cost an hour
-    sets = rivals(model, denoiser, config, device) | others
+    sets = rivals(model, denoiser, config, device) | families
     codes = held_out_codes(model, config, unseen, device)
     if codes is not None:
         sets["held-out objects"] = latents_of(model, codes)

@@ -5,7 +5,8 @@ network that was trained on photos of other objects (fresh.Reader).
     obeyed      the share of samples whose kind, palette, outline, all three are read as asked
     reached     the share of prompts for which some sample is read as asked
     variety     how far samples of one prompt are from each other (root of the Chamfer distance; difference of
-                pictures), over how far fresh objects of one description are.  1 is right, 0 is one object
+                pictures), over how far fresh objects of one description are (a mean over all pairs, and
+                so mostly of headphones).  Near 1 is right, 0 is one object
     copies      samples whose nearest training latent is under a third as far as the second
     in pieces   samples that fall apart, among those whose nearest training object is whole
 
@@ -89,7 +90,7 @@ def obedience(labels, wanted):
 def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
     device = pick_device(config.device)
-    model, names, denoiser = load_denoiser(config.prompt, device, "", prompt.Config, prompt.PromptDenoiser)
+    model, names, denoiser = load_denoiser(config.prompt, device, config.autodecoder, prompt.Config, prompt.PromptDenoiser)
     if not training_cells(names, model.config.data):
         raise UserError("the training objects are not those of earphones.py, which the reader knows")
     run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
@@ -128,6 +129,7 @@ def main(argv=None):
             "in pieces": pieces.double().mean().item() if len(pieces) else None}
         run.say(f"{name}: {rows[name]}")
 
+    denoiser.guidance = prompt.Config.guidance                  # and not what its training happened to be told
     print(f"drawing {config.count} samples for each of {len(texts)} prompts", flush=True)
     latents = drawn(range(len(texts)))
     for name, chosen in (("ours, all prompts", known | True), ("ours, known combinations", known),

@@ -81,6 +81,8 @@ def test_a_prompt_is_trained_for_once_and_then_asked(asked_once, capsys):
     assert "white buds: seed 3" in (out / "asked/viewer.html").read_text()
     with pytest.raises(UserError, match="by a chapter"):
         diffusion.load_denoiser(out)
+    with pytest.raises(UserError, match="--encoder words, not minilm"):
+        prompt.main(["a thing", *flags, "--encoder", "minilm"])
     prompt.main(["white buds", *flags, "--fresh"])
     assert "step 8/8" in capsys.readouterr().out
 
