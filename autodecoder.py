@@ -423,32 +423,35 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
 
 # ----------------------------------------------------------------------------------------------- new objects
 
-def fit_codes(model, photos, views, device, steps=400, rate=0.1, decay=1e-3, seed=0):
+def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     """Test-time auto-decoding: codes of unseen objects from the photos `views` (indices) of each, the decoder
     frozen -> (N,W)"""
     # A code is counted in deviations of the training codes, from their mean: a random start often ends badly.
     # The pull back to 0 decides whatever the given photos do not show
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
     deviation[-3:] = 0.5 * (model.config.stretched > 0)      # training drew them from -1 to 1, or not at all
-    recipe, fitted = replace(model.config, batch_views=len(views)), []
-    for objects in torch.arange(len(photos.names)).split(8):
-        z = torch.zeros(len(objects), len(mean), device=device, requires_grad=True)
-        optimizer = torch.optim.Adam([z], rate)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            batch = [t.to(device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
+    start = lambda objects: mean.expand(len(objects), -1)
+    return torch.cat([descend(model, model.volumes_of, start(objects), deviation, photos, views, objects,
+                              steps, rate, decay, seed)
+                      for objects in torch.arange(len(photos.names)).split(8)])
 
-            # The loss of training, but only the codes may move
-            volume = model.volumes_of(mean + deviation * z)
-            jitter = on_device(generator, device)
-            loss = reconstruction_loss(model, volume, batch, recipe, jitter, True, photos.has_masks)[0]
-            loss = loss + decay * z.square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        fitted.append((mean + deviation * z).detach())
-    return torch.cat(fitted)
+def descend(model, decode, start, unit, photos, views, objects, steps, rate, pull, seed):
+    """Moves start (B,...) downhill until decode(start) looks like these objects' photos `views`.  `pull` is
+    the weight of the squared way, counted in units"""
+    way, recipe = torch.zeros_like(start, requires_grad=True), replace(model.config, batch_views=len(views))
+    optimizer = torch.optim.Adam([way], rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        batch = [t.to(start.device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
+
+        # The loss of training, but the decoder may not move
+        volume, jitter = decode(start + unit * way), on_device(generator, start.device)
+        loss = reconstruction_loss(model, volume, batch, recipe, jitter, True, photos.has_masks)[0]
+        optimizer.zero_grad()
+        (loss + pull * way.square().mean()).backward()
+        optimizer.step()
+    return (start + unit * way).detach()
 
 if __name__ == "__main__":
     command(main)

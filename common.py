@@ -161,9 +161,9 @@ def peak_memory():
 
 def judge(config, free, what, value, low, high, where):
     """Compares a number with the one that the header promises.  It says so, and never fails a run"""
-    # Another data set or other knobs promise nothing, and a chapter's Config is another's
-    usual, here = type(config)(), lambda some: {k: v for k, v in asdict(some).items() if k not in free}
-    if here(usual) != here(config) or Path(inspect.getfile(type(config))).parent.name == "chapters":
+    # Other knobs promise nothing.  Nor does a chapter, whose Config inherits from a stage's
+    here = lambda some: {key: value for key, value in asdict(some).items() if key not in free}
+    if here(type(config)()) != here(config) or type(config).__base__ is not object:
         return f"{what}: not judged, because this is not the default stage"
     if low <= value <= high:
         return f"{what}: as expected ({low:g} to {high:g})"
@@ -171,16 +171,17 @@ def judge(config, free, what, value, low, high, where):
 
 # ------------------------------------------------------------------------------------ cameras, learning rates
 def camera_to_world_at(azimuth, elevation, distance):
-    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin and sees Z upwards"""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    outward = [math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)]
-    position = distance * torch.tensor(outward, dtype=torch.float64)
+    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin and sees Z upwards.  Of tensors
+    (B,) it makes (B,4,4), with gradients"""
+    a, e, distance = (some if isinstance(some, torch.Tensor) else torch.tensor(some, dtype=torch.float64)
+                      for some in (azimuth, elevation, distance))
+    a, e = a.deg2rad(), e.deg2rad()
+    outward = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], -1)
     # `right` follows from the azimuth alone: the usual cross product with Z is zero straight above the object
-    forward = -position / position.norm()
-    right = torch.tensor([-math.sin(a), math.cos(a), 0.0], dtype=torch.float64)
-    pose = torch.eye(4, dtype=torch.float64)
-    pose[:3, :] = torch.stack([right, torch.linalg.cross(forward, right), forward, position], -1)
-    return pose
+    right = torch.stack([-a.sin(), a.cos(), torch.zeros_like(a)], -1)
+    down, position = torch.linalg.cross(-outward, right), distance[..., None] * outward
+    pose = torch.stack([right, down, -outward, position], -1)                                   # (...,3,4)
+    return torch.cat([pose, pose.new_tensor([0, 0, 0, 1]).expand(*a.shape, 1, 4)], -2)
 
 def intrinsics_at(size, focal=131.25):
     """Pixels along a side -> (3,3) float64.  `focal` is in pixels of a 128-pixel photo, as in the SRN data
@@ -371,7 +372,7 @@ class Run:
             if path(found.get(field, value)) != path(value):
                 named = ["(none)" if some == "" else some for some in (found[field], value)]
                 anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
-                late = " (the learning rates fell to their end over those steps: more would be no longer run)"
+                late = " (its learning rate fell to the end over those steps, so it cannot be made longer)"
                 raise UserError(f"{self.file} says that what is there was made with --{field} {named[0]}, "
                                 f"not {named[1]}{late * (field == 'steps')}: use the same value or another "
                                 f"folder, or {anew}")

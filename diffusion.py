@@ -99,6 +99,9 @@ class RobustNorm(nn.Module):
     def normalize(self, latents):
         return (latents - self.centre - self.shift) / self.scale
 
+    def undo(self, normalized):
+        return normalized * self.scale + self.shift + self.centre
+
 def principal(rows, count):
     """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
     rows = rows.double()

@@ -15,25 +15,24 @@ vector itself ("straight through"), the vector is drawn to its word, and the wor
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/autoregressive/            last.pt, log.jsonl, curve.png, latents.pt, samples.png, report.txt;
-                                     completed.png: an object, the same from its tokens, six completions of its lower half
+                                     completed.png: an object, itself from its tokens, six completions
 run  python -m chapters.autoregressive
      python -m lab.evaluate --rows runs/autoregressive           in the lab's table
 read Codebook, Transformer, drawn, main.
 """
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import diffusion
-from autodecoder import fingerprint, load_autodecoder, plot_log
-from chapters.families import with_box, write_samples
-from common import (CLIP, Run, UserError, command, fill, grid, learning_rate_share, parse_config, pick_device,
+from autodecoder import load_autodecoder, plot_log, unfold_children
+from chapters.families import keep, resume, to_learn, with_box, write_samples
+from common import (CLIP, Run, UserError, command, grid, learning_rate_share, parse_config, pick_device,
                     save_picture, to_bytes)
-from diffusion import RobustNorm, latents_of, recombined
+from diffusion import latents_of
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views
 
 
@@ -42,8 +41,6 @@ class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
     out: str = "runs/autoregressive"     # folder for the model, the log and the samples
     recombinations: int = 4096           # codes to learn from (at least 1)
-    among: int = 8                       # as in stage 2: shapes are mixed within the nearest 8
-    spread: float = 1.6                  # as in stage 2 (from 0 to 4)
     words: int = 1024                    # in the codebook (at least 2)
     channels: int = 64                   # of the encoder and decoder; a word has as many numbers (at least 1)
     width: int = 192                     # of the transformer (at least 8)
@@ -75,12 +72,16 @@ class Codebook(nn.Module):
         c = config.channels
         self.encoder = nn.Sequential(nn.Conv3d(channels, c, 3, padding=1), nn.SiLU(), nn.Conv3d(c, c, 2, 2),
                                      nn.SiLU(), nn.Conv3d(c, c, 1))
-        self.decoder = nn.Sequential(nn.Conv3d(c, 2 * c, 3, padding=1), nn.SiLU(), nn.Conv3d(2 * c, 8 * c, 1),
-                                     Unfold(), nn.SiLU(), nn.Conv3d(c, c, 3, padding=1), nn.SiLU(),
-                                     nn.Conv3d(c, channels, 3, padding=1))
+        # As in stage 1, each box names its eight cells at once
+        self.boxes = nn.Sequential(nn.Conv3d(c, 2 * c, 3, padding=1), nn.SiLU(), nn.Conv3d(2 * c, 8 * c, 1))
+        self.cells = nn.Sequential(nn.SiLU(), nn.Conv3d(c, c, 3, padding=1), nn.SiLU(),
+                                   nn.Conv3d(c, channels, 3, padding=1))
         self.register_buffer("words", torch.randn(config.words, c))
         self.register_buffer("used", torch.ones(config.words))         # running counts, and sums of vectors
         self.register_buffer("sums", self.words.clone())
+
+    def decoder(self, vectors):
+        return self.cells(unfold_children(self.boxes(vectors), len(self.words[0])))
 
     def tokens(self, vectors):
         """(B,c,n,n,n) -> (B,n^3): the nearest word's number, box by box, x fastest, z slowest"""
@@ -92,31 +93,26 @@ class Codebook(nn.Module):
         side = round(tokens.shape[1] ** (1 / 3))
         return self.words[tokens].mT.reshape(len(tokens), -1, side, side, side)
 
-    def loss(self, latents, generator):
-        """-> error of the latents, and how far vectors are from their words; moves the words"""
+    def loss(self, latents):
+        """-> error of the latents, how far vectors are from their words; the vectors (P,c), tokens (P,)"""
         vectors = self.encoder(latents)
         tokens = self.tokens(vectors.detach())
         spelled = self.spell(tokens)
         through = vectors + (spelled - vectors).detach()             # the word's value, the vector's gradient
-        with torch.no_grad():
-            flat, words = vectors.flatten(2).mT.reshape(-1, vectors.shape[1]), tokens.flatten()
-            self.used.mul_(0.98).index_add_(0, words, torch.full((len(words),), 0.02, device=words.device))
-            self.sums.mul_(0.98).index_add_(0, words, 0.02 * flat)
-            mean = self.sums / self.used[:, None]
-            self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
-            # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
-            dead = (self.used < 0.01).nonzero()[:, 0]
-            some = torch.randint(len(flat), (len(dead),), generator=generator).to(flat.device)
-            self.words[dead], self.used[dead], self.sums[dead] = flat[some], 0.02, 0.02 * flat[some]
-        return (self.decoder(through) - latents).square().mean(), (vectors - spelled).square().mean()
+        error, apart = (self.decoder(through) - latents).square().mean(), (vectors - spelled).square().mean()
+        return error, apart, vectors.detach().flatten(2).mT.reshape(-1, vectors.shape[1]), tokens.flatten()
 
-
-class Unfold(nn.Module):
-    """(B,8C,n,n,n) -> (B,C,2n,2n,2n): each box names its eight cells"""
-    def forward(self, x):
-        B, _, n, _, _ = x.shape
-        x = x.view(B, -1, 2, 2, 2, n, n, n).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.reshape(B, -1, 2 * n, 2 * n, 2 * n)
+    def move(self, vectors, tokens, generator):
+        """Words go to the running mean of their vectors"""
+        share = torch.full((len(tokens),), 0.02, device=tokens.device)
+        self.used.mul_(0.98).index_add_(0, tokens, share)
+        self.sums.mul_(0.98).index_add_(0, tokens, 0.02 * vectors)
+        mean = self.sums / self.used[:, None]
+        self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
+        # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
+        dead = (self.used < 0.01).nonzero()[:, 0]
+        some = vectors[torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)]
+        self.words[dead], self.used[dead], self.sums[dead] = some, 0.02, 0.02 * some
 
 
 class Transformer(nn.Module):
@@ -163,32 +159,19 @@ def main(argv=None):
         raise UserError(f"{config.autodecoder}: a latent of even side, of at least 3 objects, is wanted")
     run = Run(config.out, "autoregressive", config, [f.name for f in fields(Config) if f.name not in FREE])
 
-    # Learn from recombined codes; the objects' own measure how likely the transformer finds what it never saw
-    generator = torch.Generator().manual_seed(config.seed)
+    # The objects' own latents measure how likely the transformer finds what it never saw
+    data, kept, to_latents = to_learn(model, config)
     own = latents_of(model, model.codes)
-    norm = RobustNorm(own.shape[1:]).to(device)
-    norm.fit(own)
-    data = norm.normalize(latents_of(model, recombined(model, config.recombinations, generator, config)))
-    kept = norm.normalize(own)
-    scale = data.square().mean().sqrt()
-    data, kept = data / scale, kept / scale
-    read = lambda tokens: torch.cat([codebook.decoder(codebook.spell(part)) for part in tokens.split(64)])
-    to_latents = lambda tokens: read(tokens) * scale * norm.scale + norm.shift + norm.centre
+    read = lambda tokens: to_latents(torch.cat([codebook.decoder(codebook.spell(part))
+                                                for part in tokens.split(64)]))
 
     torch.manual_seed(config.seed)
     codebook, length = Codebook(config, len(own[0])).to(device), (side // 2) ** 3
     transformer = Transformer(config, length).to(device)
     weights = [p for p in codebook.parameters()], list(transformer.parameters())
     optimizers = [torch.optim.AdamW(some, weight_decay=0.01, betas=(0.9, 0.99)) for some in weights]
-    state, step = run.load("codebook", "transformer", "step"), 0
-    if state:
-        if state["autodecoder"] != fingerprint(model):
-            raise UserError(f"{config.out} was trained on another autodecoder: start over with --fresh")
-        fill(codebook, state["codebook"], config.out)
-        fill(transformer, state["transformer"], config.out)
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        step = state["step"]
+    networks = {"codebook": codebook, "transformer": transformer}
+    step = resume(run, model, networks, optimizers)
 
     total, tokens = config.first_steps + config.steps, None
     write = torch.no_grad()(lambda some: torch.cat([codebook.tokens(codebook.encoder(part))
@@ -206,28 +189,28 @@ def main(argv=None):
                 tokens = write(data) if tokens is None else tokens
                 numbers = {"bits": (loss := bits(tokens[item]))}
             else:
-                error, apart = codebook.loss(data[item], generator)
+                error, apart, *spoken = codebook.loss(data[item])
                 loss, numbers = error + 0.25 * apart, {"error": error, "apart": apart}
             optimizers[second].zero_grad()
             loss.backward()
-            norm_ = nn.utils.clip_grad_norm_(weights[second], CLIP)
-            if run.finite(step, loss.item() + norm_.item()):
+            length_ = nn.utils.clip_grad_norm_(weights[second], CLIP)
+            if run.finite(step, loss.item() + length_.item()):
                 optimizers[second].step()
+                if not second:
+                    codebook.move(*spoken, generator)
             step += 1
 
             if step % config.log_every == 0 or step == total:
                 run.log(step, total, **{name: number.item() for name, number in numbers.items()})
             if step % config.save_every == 0 or step == total or run.stopping:
-                run.save({"config": asdict(config), "step": step, "autodecoder": fingerprint(model),
-                          "codebook": codebook.state_dict(), "transformer": transformer.state_dict(),
-                          "optimizers": [some.state_dict() for some in optimizers]})
+                keep(run, model, networks, optimizers, step)
             run.stop_if_asked(step)
 
     transformer.eval()
     with torch.no_grad():
         mine, generator, began = write(kept), torch.Generator().manual_seed(config.seed), time.time()
         held = bits(mine).item()
-        latents = to_latents(drawn(transformer, mine.new_zeros(config.count, 0), length, generator,
+        latents = read(drawn(transformer, mine.new_zeros(config.count, 0), length, generator,
                                    config.temperature))
         seconds = (time.time() - began) / config.count
         write_samples(run.folder, model, latents, sum(p.numel() for some in weights for p in some), seconds)
@@ -235,8 +218,8 @@ def main(argv=None):
         # Completion: the tokens of the lower half are given.  How well is that half kept?
         some = torch.linspace(0, len(mine) - 1, min(4, len(mine))).long()
         half = mine[some, :length // 2].repeat_interleave(6, 0)
-        whole = torch.cat([own[some], to_latents(mine[some]),
-                           to_latents(drawn(transformer, half, length, generator, config.temperature))])
+        whole = torch.cat([own[some], read(mine[some]),
+                           read(drawn(transformer, half, length, generator, config.temperature))])
         rgb = render_views(model, whole, cameras(ANGLES[:1]), SIZE)[0][:, 0]
         given, spelled, made = rgb[:len(some)], rgb[len(some):2 * len(some)], rgb[2 * len(some):]
         low = slice(SIZE // 2, None)                                   # the picture's lower half, nearly
@@ -244,8 +227,8 @@ def main(argv=None):
         rows = [torch.stack([given[k], spelled[k], *made[6 * k:6 * k + 6]]) for k in range(len(some))]
         save_picture(run.folder / "completed.png", grid(to_bytes(torch.cat(rows)), 8))
     plot_log(run.folder, "bits for each token", bits="transformer")
-    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, completed.png.  {held:.2f} bits for each of "
-          f"the objects' own tokens; completions keep the lower half to {sum(known) / len(known):.1f} dB")
+    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, completed.png.  {held:.2f} bits for each "
+          f"of the objects' own tokens; completions keep the lower half to {sum(known) / len(known):.1f} dB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ in   runs/*/latents.pt               samples of the chapters, and what they cost
 out  runs/families.png               eight samples of each, seeds 0 to 7: none is picked
 run  python -m chapters.families
      python -m lab.evaluate --rows runs/analytic runs/gaudi       the same families in the lab's table
-read write_samples, read_samples.
+read to_learn, write_samples, read_samples.
 """
 import sys
 import time
@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from autodecoder import fingerprint, load_autodecoder, read_log
-from common import (UserError, command, grid, load_checkpoint, parse_config, pick_device, save_checkpoint,
-                    save_picture, save_text, to_bytes)
-from diffusion import latents_of, load_denoiser, sample
+from common import (UserError, command, fill, grid, load_checkpoint, parse_config, pick_device,
+                    save_checkpoint, save_picture, save_text, to_bytes)
+from diffusion import Config as Stage2
+from diffusion import RobustNorm, latents_of, load_denoiser, recombined, sample
 from sample import BOX, is_run, novelty, summarise
 from volume_render import ANGLES, SIZE, cameras, render_views
 
@@ -34,10 +35,44 @@ class Config:
 def with_box(argv, Config):
     """The command line; with the autodecoder in the box, if the user has trained none"""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(word.split("=")[0] == "--autodecoder" for word in argv) and not is_run(Path(Config.autodecoder)):
+    named = any(word.split("=")[0] == "--autodecoder" for word in argv)
+    if not named and not is_run(Path(Config.autodecoder)):
         print(f"nothing is in {Config.autodecoder} yet: taking the autodecoder in the box")
         argv += ["--autodecoder", str(BOX / "autodecoder")]
     return argv
+
+
+def to_learn(model, config):
+    """-> what a family learns from: recombined codes' latents (P,C,r,r,r), normalised, of mean square 1; the
+    objects' own, alike; and a function that makes latents of such numbers"""
+    own, norm = latents_of(model, model.codes), RobustNorm(latents_of(model, model.codes[:1]).shape[1:])
+    norm.to(own.device).fit(own)
+    generator = torch.Generator().manual_seed(config.seed)
+    codes = recombined(model, config.recombinations, generator, Stage2())
+    data = norm.normalize(latents_of(model, codes))
+    scale = data.square().mean().sqrt()
+    return data / scale, norm.normalize(own) / scale, lambda numbers: norm.undo(numbers * scale)
+
+
+def resume(run, model, networks, optimizers):
+    """Fills networks {name: network} and the optimizers with what the run saved -> the step to go on from"""
+    state = run.load(*networks, "step")
+    if not state:
+        return 0
+    if state["autodecoder"] != fingerprint(model):
+        raise UserError(f"{run.folder} was trained on another autodecoder: start over with --fresh")
+    for name, network in networks.items():
+        fill(network, state[name], run.folder)
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    print(f"going on from step {state['step']} of {run.folder}/last.pt")
+    return state["step"]
+
+
+def keep(run, model, networks, optimizers, step):
+    run.save({"config": run.config, "step": step, "autodecoder": fingerprint(model),
+              "optimizers": [some.state_dict() for some in optimizers],
+              **{name: network.state_dict() for name, network in networks.items()}})
 
 
 def trained_for(folder):
@@ -84,6 +119,8 @@ def read_samples(folder, model):
         raise UserError(f"{folder}/latents.pt was made with another autodecoder: run its chapter again")
     if not isinstance(latents, torch.Tensor) or latents.shape[1:] != shape or not latents.isfinite().all():
         raise UserError(f"{folder}/latents.pt holds no latents of the shape {shape}")
+    if not {"parameters", "training_seconds", "sample_seconds"} <= state.keys():
+        raise UserError(f"{folder}/latents.pt does not say what its samples cost: run its chapter again")
     return latents.float(), state
 
 
@@ -94,7 +131,7 @@ def main(argv=None):
     found = sorted(str(file.parent) for file in Path("runs").glob("*/latents.pt"))
     rows = [row for row in config.rows if row] or found
     if not rows:
-        raise UserError("no folder in runs/ holds samples of a chapter: python -m chapters.analytic makes some")
+        raise UserError("no folder in runs/ holds samples: run a chapter first, as python -m chapters.gaudi")
     lines = []
     for row in rows:
         latents = read_samples(row, model)[0][:8].to(model.shapes.device)

@@ -25,16 +25,16 @@ out  runs/few_views/      views_2.txt (ours, fit_codes, nearest training object)
 run  python -m chapters.few_views --views 1
      python -m chapters.few_views --views 1 --objects 8 --count 4       four answers for each photo
      python -m chapters.few_views --photo my.png
-read descend, posterior, main; find_camera.py; and fit_codes in autodecoder.py.
+read posterior, main; find_camera.py; and fit_codes, descend in autodecoder.py.
 """
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from autodecoder import draw_batch, fast_precision, fit_codes, on_device, reconstruction_loss
+from autodecoder import descend, fast_precision, fit_codes
 from chapters.find_camera import find_camera, look_around, read_one
 from common import (UserError, command, grid, parse_config, pick_device, save_picture, save_preview,
                     save_text, to_bytes)
@@ -86,29 +86,12 @@ def mirrored(photos):
                   torch.cat([photos.pose, M @ photos.pose @ M], 1), photos.intrinsics, photos.names)
 
 
-def descend(decode, start, unit, weight, photos, views, objects, model, steps, rate, seed):
-    """Moves start (B,...) by gradient descent until decode(start) looks like the photos.  `weight` is that of
-    the squared way, counted in units"""
-    way = torch.zeros_like(start, requires_grad=True)
-    optimizer, recipe = torch.optim.Adam([way], rate), replace(model.config, batch_views=len(views))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        batch = [t.to(start.device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
-        volume, jitter = decode(start + unit * way), on_device(generator, start.device)
-        loss = reconstruction_loss(model, volume, batch, recipe, jitter, True, photos.has_masks)[0]
-        optimizer.zero_grad()
-        (loss + weight * way.square().mean()).backward()
-        optimizer.step()
-    return (start + unit * way).detach()
-
-
 def posterior(model, denoiser, photos, views, objects, config, seed):
     """One answer for each of these objects -> latents (B,C,r,r,r)"""
     draws = [noise_of(seed * 1_000_003 + o) for o in objects.tolist()]
     draw = lambda: torch.stack([one(denoiser.deviation.shape) for one in draws]).to(denoiser.levels)
-    see = lambda decode, start, unit, weight, steps, rate, k: descend(
-        decode, start, unit, weight, photos, views, objects, model, steps, rate, seed * 1000 + k)
+    see = lambda decode, start, unit, pull, steps, rate, k: descend(
+        model, decode, start, unit, photos, views, objects, steps, rate, pull, seed * 1000 + k)
     places = torch.linspace(1, 0, config.levels).to(denoiser.levels)
     x = draw() * (denoiser.level(places[0]) ** 2 + denoiser.deviation ** 2).sqrt()
     for k, place in enumerate(places):
@@ -137,13 +120,20 @@ class OfLatents:
         self.config, self.field, self.volumes_of = model.config, model.field, model.to_volume
 
 
+def pictures(model, latent, photos, o, views):
+    """A latent, by these cameras of an object -> (V,H,W,3)"""
+    return render_volumes(model, model.to_volume(latent[None]), photos.pose[o, views], photos.intrinsics[o],
+                          photos.size)[0][0].cpu()
+
+
 def nearest_training(model, photos, views, objects):
     """-> for each object the training object whose renderings are the nearest to its photos"""
     volumes, best = model.volumes_of(model.codes), []
     for o in objects:
         error = 0
         for view in views:                       # one by one, because all rays at once would take gigabytes
-            rgb = render_volumes(model, volumes, photos.pose[o, view][None], photos.intrinsics[o], photos.size)[0]
+            pose, K = photos.pose[o, view][None], photos.intrinsics[o]
+            rgb = render_volumes(model, volumes, pose, K, photos.size)[0]
             error = error + (rgb[:, 0].cpu() - photos.rgb[o, view] / 255).square().flatten(1).mean(1)
         best.append(error.argmin().item())
     return best
@@ -169,7 +159,7 @@ def one_photo(model, names, denoiser, config):
     photos = Photos(*(some[None, None] for some in (to_bytes(rgb), to_bytes(mask), pose)), K[None], ["photo"])
     latents = answers(model, denoiser, photos, torch.arange(1), config)[:, 0]
     out = Path(config.out)
-    same = render_volumes(OfLatents(model), model.to_volume(latents), pose[None], K, len(rgb))[0][:, 0].cpu()
+    same = render_volumes(model, model.to_volume(latents), pose[None], K, len(rgb))[0][:, 0].cpu()
     around = render_views(model, latents, cameras(ANGLES), len(rgb))[0]
     rows = torch.cat([photos.rgb[0].expand(len(latents), -1, -1, -1)[:, None], to_bytes(same)[:, None],
                       to_bytes(around)], 1)
@@ -180,7 +170,7 @@ def one_photo(model, names, denoiser, config):
     x, y, z = pose[:3, 3].tolist()
     azimuth, elevation = math.degrees(math.atan2(y, x)), math.degrees(math.asin(z / math.hypot(x, y, z)))
     print(f"wrote {out}: photo.png (photo, ours, four other sides), viewer.html.  Camera: azimuth "
-          f"{azimuth:.0f}, elevation {elevation:.0f} degrees; we show the photo to {psnr(same[0], rgb):.1f} dB")
+          f"{azimuth:.0f}, elevation {elevation:.0f} degrees; ours shows it to {psnr(same[0], rgb):.1f} dB")
 
 
 def main(argv=None):
@@ -201,11 +191,11 @@ def main(argv=None):
     began = time.time()
     latents = answers(model, denoiser, photos, views, config)
     seconds = (time.time() - began) / N / config.count
-    fitted = latents_of(model, fit_codes(model, photos, views, device))
+    fitted = latents_of(model, fit_codes(model, photos, views))
     known = latents_of(model, model.codes[nearest_training(model, photos, views, objects)])
     show = OfLatents(model)
-    lines = [f"{N} unseen objects of {config.data}, {given} photos each, {seconds:.1f} s for each object; PSNR in "
-             "dB: full / over the object"]
+    lines = [f"{N} unseen objects of {config.data}, {given} photos each, {seconds:.1f} s for each object; "
+             "PSNR in dB: full / over the object"]
     score = {}
     for name, some in (("ours", latents[0]), ("fit_codes", fitted), ("the nearest training object", known)):
         rows, seen = (score_views(show, some, photos, objects, which) for which in (others, views))
@@ -213,41 +203,36 @@ def main(argv=None):
         lines.append(f"{name:<28} {score[name]:5.2f} / {mean_of(rows, 'ours_fg'):5.2f}   on the given photos "
                      f"{mean_of(seen, 'ours'):5.2f} / {mean_of(seen, 'ours_fg'):5.2f}")
     path = out / f"views_{given}.png"
-    view = others[0]
-    seen = lambda some, o: render_volumes(show, model.to_volume(some[o:o + 1]), photos.pose[o, view][None],
-                                          photos.intrinsics[o], photos.size)[0][0, 0].cpu()
+    view = others[:1]
     chosen = torch.linspace(0, N - 1, min(N, 8)).long().tolist()
-    save_preview(path, torch.stack([torch.stack([photos.rgb[o, view], to_bytes(seen(latents[0], o)),
-                                                 to_bytes(seen(fitted, o))]) for o in chosen], 1))
+    columns = [torch.cat([photos.rgb[o, view], *(to_bytes(pictures(model, some[o], photos, o, view))
+                                                 for some in (latents[0], fitted))]) for o in chosen]
+    save_preview(path, torch.stack(columns, 1))
 
     # Several answers: where do they differ?  How good is the best, and the mean of their pictures?
     if config.count > 1:
-        every = [[torch.stack([seen_all(show, model, some[o], photos, o, which) for some in latents])
-                  for which in (views, others)] for o in objects]
-        spread = [[pictures.std(0).mean().item() for pictures in pair] for pair in every]
-        truth = [photos.rgb[o, others] / 255 for o in objects]
-        best = [max(psnr(one, t) for one in pair[1]) for pair, t in zip(every, truth)]
-        mean = [psnr(pair[1].mean(0), t) for pair, t in zip(every, truth)]
-        each = [sum(psnr(one, t) for one in pair[1]) / config.count for pair, t in zip(every, truth)]
-        of = lambda some: sum(some) / N
-        given_, other = (of([pair[k] for pair in spread]) for k in (0, 1))
-        lines.append(f"{config.count} answers: deviation on given photos {given_:.4f}, on others {other:.4f}; "
-                     f"PSNR of one {of(each):.2f}, of the best {of(best):.2f}, of their mean {of(mean):.2f}")
-        rows = [torch.stack([photos.rgb[o, v], *to_bytes(pictures[:, 0]),
-                             to_bytes(1 - 4 * pictures[:, 0].std(0))])
-                for o in chosen[:4] for v, pictures in ((views[0], every[o][0]), (view, every[o][1]))]
+        every, numbers = [], []
+        for o in objects:
+            seen, unseen = (torch.stack([pictures(model, some[o], photos, o, which) for some in latents])
+                            for which in (views, others))                              # (count,V,H,W,3)
+            truth = photos.rgb[o, others] / 255
+            each = [psnr(one, truth) for one in unseen]
+            numbers.append([seen.std(0).mean().item(), unseen.std(0).mean().item(), sum(each) / len(each),
+                            max(each), psnr(unseen.mean(0), truth)])
+            every.append((seen, unseen))
+        text = "{} answers: deviation on given photos {:.4f}, on others {:.4f}; PSNR of one {:.2f}, of the best "
+        text += "{:.2f}, of their mean {:.2f}"
+        lines.append(text.format(config.count, *torch.tensor(numbers).mean(0)))
+        rows = [torch.cat([photos.rgb[o, which[:1]], to_bytes(some[:, 0]),
+                           to_bytes(1 - 4 * some[:, :1].std(0))])
+                for o in chosen[:4] for which, some in zip((views, others), every[o])]
         save_picture(out / "answers.png", grid(torch.cat(rows), config.count + 2))
     text = "\n".join(lines)
     print(text)
     save_text(path.with_suffix(".txt"), text + "\n")
     print(f"wrote {path}: photo, ours, fit_codes; and {path.with_suffix('.txt')}.  {seconds:.1f} s for each "
-          f"object; ours is {score['ours'] - score['fit_codes']:+.2f} dB better than fit_codes (row F1)")
-
-
-def seen_all(show, model, latent, photos, o, views):
-    """-> pictures (V,H,W,3) of a latent by these of an object's cameras"""
-    return render_volumes(show, model.to_volume(latent[None]), photos.pose[o, views], photos.intrinsics[o],
-                          photos.size)[0][0].cpu()
+          f"object; ours is {score['ours'] - score['fit_codes']:+.2f} dB better than fit_codes (row F1: "
+          "+0.06, +0.80 and +1.64 for 1, 2 and 8 photos)")
 
 
 if __name__ == "__main__":

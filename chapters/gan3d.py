@@ -5,11 +5,11 @@ A chapter on stage 2: a GAN (3D-GAN, Wu et al. 2016) on the same latents, in the
 
 G turns 64 random numbers into a latent by convolutions that double the side: 2, 4, 8 cells.  D looks at a
 latent and says real or not.  G learns from D's gradient alone.  It never sees a real latent.  A sample takes
-one pass through G, where diffusion takes 36.
+one pass through G, where stage 2 asks its network 35 times.
 
 What goes wrong is that nothing asks G for all objects.  It may make a few that D believes, whatever the
 noise: *mode collapse*.  It is counted here, as training goes: of 192 samples, how many different training
-objects are the nearest one of some sample?  (`named`; recombined codes name about 60 of 72.) The cure shown
+objects are the nearest one of some sample?  (`named`, in log.jsonl.)  The cure shown
 is R1 (Mescheder et al. 2018): D pays for the square of its gradient at real latents, so that it stays smooth
 and its advice useful.  `--r1 0` is 3D-GAN without it.  Both learn from what stage 2 learns from, recombined
 codes.
@@ -23,17 +23,17 @@ read Generator, Discriminator, r1_penalty, main.
 """
 import copy
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import diffusion
-from autodecoder import fingerprint, load_autodecoder, plot_log
-from chapters.families import with_box, write_samples
-from common import Run, UserError, command, fill, parse_config, pick_device, save_preview, to_bytes
-from diffusion import RobustNorm, latents_of, nearest, noise_of, recombined
+from autodecoder import load_autodecoder, plot_log
+from chapters.families import keep, resume, to_learn, with_box, write_samples
+from common import Run, UserError, command, parse_config, pick_device, save_preview, to_bytes
+from diffusion import latents_of, nearest, noise_of
 from volume_render import ANGLES, SIZE, cameras, render_views
 
 
@@ -42,8 +42,6 @@ class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
     out: str = "runs/gan3d"              # folder for the model, the log and the samples
     recombinations: int = 4096           # codes to learn from (at least 1)
-    among: int = 8                       # as in stage 2: shapes are mixed within the nearest 8
-    spread: float = 1.6                  # as in stage 2 (from 0 to 4)
     noise: int = 64                      # random numbers for each sample (at least 1)
     widths: tuple = (128, 64, 32)        # channels of both networks, coarse to fine (at least 1)
     r1: float = 1.0                      # weight of the squared gradient at real latents; 0: the plain GAN
@@ -123,29 +121,15 @@ def main(argv=None):
                         f"{len(names)} objects are too few (3 are wanted)")
     run = Run(config.out, "gan3d", config, [f.name for f in fields(Config) if f.name not in FREE])
 
-    # What to learn from, as stage 2; normalised, and scaled to a mean square of 1
-    generator = torch.Generator().manual_seed(config.seed)
-    own = latents_of(model, model.codes)
-    norm = RobustNorm(own.shape[1:]).to(device)
-    norm.fit(own)
-    real = norm.normalize(latents_of(model, recombined(model, config.recombinations, generator, config)))
-    scale = real.square().mean().sqrt()
-    to_latents = lambda made: made * scale * norm.scale + norm.shift + norm.centre
-
+    real, _, to_latents = to_learn(model, config)
+    training = latents_of(model, model.codes)
     torch.manual_seed(config.seed)
     maker, critic = (Network(config, channels, side).to(device) for Network in (Generator, Discriminator))
     average = copy.deepcopy(maker).requires_grad_(False)
     # Without momentum, because each network's target moves with the other one
     optimizers = [torch.optim.Adam(net.parameters(), config.lr, betas=(0.0, 0.99)) for net in (maker, critic)]
-    state, step = run.load("maker", "critic", "average", "step"), 0
-    if state:
-        if state["autodecoder"] != fingerprint(model):
-            raise UserError(f"{config.out} was trained on another autodecoder: start over with --fresh")
-        for net, name in ((maker, "maker"), (critic, "critic"), (average, "average")):
-            fill(net, state[name], config.out)
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
-        step = state["step"]
+    networks = {"maker": maker, "critic": critic, "average": average}
+    step = resume(run, model, networks, optimizers)
     parameters = sum(p.numel() for p in maker.parameters())
     print(f"{len(real)} latents; generator of {parameters} parameters")
 
@@ -161,7 +145,7 @@ def main(argv=None):
             noise = torch.randn(2, config.batch, config.noise, generator=generator).to(device)
 
             # The critic: up on real latents, down on made ones
-            said, steep = r1_penalty(critic, real[item] / scale)
+            said, steep = r1_penalty(critic, real[item])
             fake = critic(maker(noise[0]).detach())
             critic_loss = (F.softplus(-said) + F.softplus(fake)).mean()
             optimizers[1].zero_grad()
@@ -184,21 +168,18 @@ def main(argv=None):
                 run.log(step, config.steps, maker=maker_loss.item(), critic=critic_loss.item(),
                         real=said.sigmoid().mean().item(), made=fake.sigmoid().mean().item())
             if step % config.preview_every == 0 or step == config.steps:
-                run.log(step, config.steps, show=False, named=named(drawn(range(config.count)), own))
+                run.log(step, config.steps, show=False, named=named(drawn(range(config.count)), training))
                 rgb = render_views(model, drawn(range(8)), cameras(ANGLES[:2]), SIZE)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(rgb.transpose(0, 1)))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
-                run.save({"config": asdict(config), "step": step, "average": average.state_dict(),
-                          "maker": maker.state_dict(), "critic": critic.state_dict(),
-                          "optimizers": [some.state_dict() for some in optimizers],
-                          "autodecoder": fingerprint(model)})
+                keep(run, model, networks, optimizers, step)
             run.stop_if_asked(step)
 
     began = time.time()
     latents = drawn(range(config.count))
     write_samples(run.folder, model, latents, parameters, (time.time() - began) / config.count)
     plot_log(run.folder, "share taken for real", real="real latents", made="made latents")
-    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, curve.png.  {named(latents, own)} of "
+    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, curve.png.  {named(latents, training)} of "
           f"{len(names)} training objects are the nearest of some of {config.count} samples")
 
 

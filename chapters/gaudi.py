@@ -70,7 +70,8 @@ def main(argv=None):
     diffusion.main(argv, Config, PRESETS, CodeDenoiser, (*diffusion.FREE, "count"))
     rows = finish(argv, Config, PRESETS, CodeDenoiser)
     d1 = sum(row["distances"][0] for row in rows) / len(rows)
-    print(f"wrote latents.pt, samples.png, report.txt.  Mean distance to the nearest training latent {d1:.0f}")
+    print(f"wrote latents.pt, samples.png, report.txt.  Mean distance to the nearest latent: {d1:.0f}"
+          " (row L2)")
 
 
 if __name__ == "__main__":

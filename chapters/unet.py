@@ -123,8 +123,7 @@ class LatentDenoiser(Denoiser):
         return self.norm.normalize(latents).flatten(1)                                       # (B,C r^3)
 
     def latents(self, z):
-        numbers = z.view(len(z), *self.norm.centre.shape)
-        return numbers * self.norm.scale + self.norm.shift + self.norm.centre
+        return self.norm.undo(z.view(len(z), *self.norm.centre.shape))
 
     def denoise(self, x, sigma):
         """x = z + sigma n (B,C r^3), sigma (B,1) -> the latent that it can have come from (B,C r^3)

@@ -204,11 +204,11 @@ def rivals(model, denoiser, config, device):
 
 
 def chapters(model, config):
-    """-> {name: latents} of the samples that chapters wrote, at most as many as of ours; and what they cost"""
+    """-> {name: latents} of samples that chapters wrote, at most as many as of ours; and what they cost"""
     found = {Path(row).name: read_samples(row, model) for row in config.rows if row}
     for name, (latents, _) in found.items():
         if len(latents) < config.count:
-            print(f"{name}: only {len(latents)} samples, ours are {config.count}: do not compare COV and cells")
+            print(f"{name}: {len(latents)} samples, ours are {config.count}: COV and cells do not compare")
     return ({name: latents[:config.count].to(model.shapes.device) for name, (latents, _) in found.items()},
             [[name, *(f"{state[key]:.3g}" for key in ("parameters", "training_seconds", "sample_seconds"))]
              for name, (_, state) in found.items()])

@@ -235,7 +235,7 @@ def held_out_codes(model, config, unseen, device):
     N, views = len(photos.names), torch.arange(photos.rgb.shape[1])
     def make():
         print(f"fitting the codes of {N} unseen objects to {len(views)} photos each, once", flush=True)
-        return fit_codes(model, photos, views, device, config.fit_steps).cpu()
+        return fit_codes(model, photos, views, config.fit_steps).cpu()
     which, seen = fingerprint(model), [photos.rgb, photos.mask, photos.pose, photos.intrinsics]
     ingredients = ["codes", which, config.fit_steps, photos.names, photos.has_masks, *seen]
     return kept(Path(config.cache, f"fits_{which[:12]}.pt"), ingredients, make).to(device)

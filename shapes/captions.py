@@ -1,8 +1,8 @@
 """
 Words about earphones: what each means, what a text leaves open, and captions of an object from its factors.
 
-The vocabulary is closed: WORDS.  A word means a set of values of some factors (earphones.py): "headset" is any
-headphone with a boom microphone.  A caption is true, and it never says everything.
+The vocabulary is closed: WORDS.  A word means a set of values of some factors (earphones.py): "headset" is
+any headphone with a boom microphone.  A caption is true, and it never says everything.
 
 read WORDS, understood, caption; chapters/prompt.py trains on them.
 """
@@ -35,7 +35,7 @@ for part, also in zip(PARTS, ("round circular", "oval elliptical", "d-shaped hal
 for band in dict.fromkeys(sum(BANDS.values(), ())):
     _means(band, band=(band,), kind=tuple(kind for kind in KINDS if band in BANDS[kind]))
 MEANINGS = [dict(items) for items in dict.fromkeys(tuple(means.items()) for means in WORDS.values())]
-IGNORED = set("a an the with and in of pair shape cups cup pods pod band earphones colour color please".split())
+IGNORED = set("a an the with and in of pair shape cup cups pod pods band earphones colour color".split())
 NOT = set("no not without non never except minus".split())
 
 
@@ -54,12 +54,12 @@ def understood(text):
             raise UserError(f"\"{word}\": this model knows no negation; say what the earphones shall be")
         if word not in WORDS and word not in IGNORED:
             near = difflib.get_close_matches(word, WORDS, 3, 0)
-            raise UserError(f"\"{word}\" is none of the {len(WORDS)} words that this model knows; the nearest "
-                            f"are {', '.join(near)}.  (--encoder minilm takes any text)")
+            raise UserError(f"\"{word}\" is none of the {len(WORDS)} words that this model knows; the nearest"
+                            f" are {', '.join(near)}.  (--encoder minilm takes any text)")
         for factor, values in WORDS.get(word, {}).items():
             left = tuple(v for v in allowed.get(factor, values) if v in values)
             if not left:
-                raise UserError(f"\"{by[factor]}\" and \"{word}\" contradict each other: no earphones are both")
+                raise UserError(f"\"{by[factor]}\" and \"{word}\" contradict each other: nothing is both")
             allowed[factor], by[factor] = left, word
     return allowed
 

@@ -403,8 +403,8 @@ def read_photos(folder, size, objects=0):
 
 
 def factors_of(folder, names):
-    """What the catalogue says of each of our earphones, by its factors.json; where that is absent, as with the
-    model in the box, by its name.  None if they are not all ours, or a file is broken"""
+    """What the catalogue says of each of our earphones, by its factors.json; where that is absent, as with
+    the model in the box, by its name.  None if they are not all ours, or a file is broken"""
     every = []
     for name in names:
         file, match = Path(folder, name, "factors.json"), re.fullmatch(r"(train|val|test)_(\d{5})", name)

@@ -256,8 +256,7 @@ def test_fit_recovers_a_known_code(data):
     for v in range(6):
         rgb, alpha, _ = volume_render.render_view(model, volume, photos.pose[0, v], photos.intrinsics[0], 32)
         photos.rgb[0, v], photos.mask[0, v] = (rgb * 255).round().byte(), (alpha * 255).round().byte()
-    device = torch.device("cpu")
-    fitted = stage.fit_codes(model, photos, torch.arange(4), device, steps=60)
+    fitted = stage.fit_codes(model, photos, torch.arange(4), steps=60)
     ours, mean = (volume_render.mean_of(volume_render.score_views(model, codes, photos, [0], [4, 5]), "ours")
                   for codes in (fitted, model.codes.mean(0)[None]))
     assert mean < 40 and ours > mean + 6, (ours, mean)

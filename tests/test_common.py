@@ -341,7 +341,8 @@ def test_a_number_is_compared_with_the_promised_one_and_never_fails():
     import diffusion
     from chapters import unet
     usual = diffusion.Config()
-    say = lambda config, value: common.judge(config, diffusion.FREE, f"error {value}", value, 1, 2, "README.md")
+    say = lambda config, value: common.judge(config, diffusion.FREE, f"error {value}", value, 1, 2,
+                                             "README.md")
     assert say(usual, 1.5) == "error 1.5: as expected (1 to 2)"
     assert say(usual, 3.0) == "error 3.0: expected 1 to 2; see README.md"
     assert "expected 1 to 2" in say(usual, float("nan"))
@@ -358,5 +359,5 @@ def test_a_finished_run_cannot_be_lengthened_and_says_why(tmp_path):
     config = lambda steps: Knobs(steps=steps, out=str(tmp_path))
     with common.Run(tmp_path, "stage", config(5), ("steps",)):
         pass
-    with pytest.raises(UserError, match="learning rates fell to their end"):
+    with pytest.raises(UserError, match="cannot be made longer"):
         common.Run(tmp_path, "stage", config(9), ("steps",))

