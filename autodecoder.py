@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import render_shapenet
-from common import (BETAS, CLIP, Run, UserError, command, digest, fill, judge, learning_rate_share,
-                    load_stage, parse_config, pick_device, save_figure, save_preview, save_text, saved_config)
+from common import (Run, UserError, command, digest, fill, judge, load_stage, parse_config, pick_device,
+                    save_figure, save_preview, save_text, saved_config)
 from shapes.photos import kinds_of, read_photos
 from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
                            truth_and_ours)
@@ -321,6 +321,15 @@ def plot_log(folder, ylabel, **labels):
     save_figure(Path(folder, "curve.png"), figure)
 
 # ------------------------------------------------------------------------------------------------------ main
+# Adam's second beta is below the usual 0.999, so a rare large gradient is forgotten after a hundred steps.
+BETAS, CLIP = (0.9, 0.99), 1.0                # gradients longer than CLIP are shortened to it
+
+def learning_rate_share(step, steps, floor):
+    """The share of the highest learning rate at this step: a linear warm-up times a falling half cosine"""
+    # In the first 5 % Adam knows little of the gradients.  At the end small steps average out their noise
+    cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
+    return min(1.0, (step + 1) / (0.05 * steps)) * cosine
+
 
 def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     """A chapter may train a decoder of its own by this loop, with a Config that adds knobs to this one."""

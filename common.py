@@ -51,8 +51,8 @@ def parse_config(Config, presets=None, argv=None):
     """The dataclass at the top of a stage is its command line: defaults < --preset < flags.  Each field is a
     flag.  Its trailing comment is the help text, and says what is allowed (see `checked`)."""
     presets, comments = presets or {}, comments_of(Config)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")   # names that it cannot show must not end a run
+    with suppress(AttributeError):        # names that a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     # argparse itself would guess what a shortened flag means, and print the usage of all flags at each error
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,15 +62,15 @@ def parse_config(Config, presets=None, argv=None):
                             help="sets of values for the flags below; auto: gpu where there is one, else cpu")
     # One flag for each field.  SUPPRESS: a default that argparse filled in would overwrite the preset's value
     for field in fields(Config):
-        help_text = comments.get(field.name, "")
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         if field.type is tuple:                                   # several numbers: --channels 64 32
             kind = {"type": type((*field.default, 0)[0]), "nargs": "+"}
         default = "" if field.default in ("", ()) else f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
-                            help=f"{help_text}{default}".replace("%", "%%"))
+                            help=(comments.get(field.name, "") + default).replace("%", "%%"))
+    # --shape-of and --shape_of are the same flag
     dashed = lambda word: re.sub(r"^--(?!no-)[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word)
-    flags = vars(parser.parse_args(list(map(dashed, sys.argv[1:] if argv is None else argv))))  # --shape-of
+    flags = vars(parser.parse_args(list(map(dashed, sys.argv[1:] if argv is None else argv))))
     # A preset is a named set of values.  In a dict the later entry wins, so flags overwrite the preset
     preset = flags.pop("preset", None)
     if preset == "auto":
@@ -115,9 +115,8 @@ def wrong_flag(message):
 def pick_device(name="auto"):
     """`auto`, cpu, cuda or cuda:1 -> torch.device.  `auto` takes a CUDA GPU if there is one."""
     # Apple's MPS lacks float64 and the gradient of a lookup in a 3D volume, so a Mac uses its CPU
-    why = "asked for"
-    if name == "auto":
-        name, why = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
+    found = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
+    name, why = found if name == "auto" else (name, "asked for")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: auto, cpu or cuda (or cuda:1, ...) is wanted")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
@@ -132,8 +131,8 @@ def command(main):
     try:
         began = time.time()
         main()
-        print(f"in {clock(time.time() - began)}{peak_memory()}")
-        sys.stdout.flush()                    # here, because a closed pipe must be noticed inside the try
+        # It is flushed here, because a closed pipe must be noticed inside the `try`
+        print(f"in {clock(time.time() - began)}{peak_memory()}", flush=True)
     except KeyboardInterrupt:
         raise UserError("stopped; what was written before is kept") from None
     except BrokenPipeError:
@@ -150,14 +149,13 @@ def command(main):
         raise UserError(f"more memory is needed than there is; the largest knobs are {largest}") from None
 
 def peak_memory():
-    """What this process has held at most, for the last line; Windows keeps no such count"""
-    gpu = torch.cuda.is_available()
-    said = [f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's"] if gpu else []
-    with suppress(ImportError):
+    """What this process has held at most, for the last line"""
+    gpu = f", the GPU's {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
+    with suppress(ImportError):                                              # Windows keeps no such count
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024                       # a Mac counts in bytes
-        said.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB")
-    return f"; peak memory {', '.join(said)}" * bool(said)
+        unit = 1e-9 if sys.platform == "darwin" else 1024e-9                 # a Mac counts in bytes
+        return f"; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit:.1f} GB{gpu}"
+    return gpu
 
 def judge(config, free, what, value, low, high, where):
     """Compares a number with the one that the header promises.  It says so, and never fails a run"""
@@ -165,14 +163,12 @@ def judge(config, free, what, value, low, high, where):
     here = lambda some: {key: value for key, value in asdict(some).items() if key not in free}
     if here(type(config)()) != here(config) or type(config).__base__ is not object:
         return f"{what}: not judged, because this is not the default stage"
-    if low <= value <= high:
-        return f"{what}: as expected ({low:g} to {high:g})"
-    return f"{what}: expected {low:g} to {high:g}; see {where}"
+    expected = f"expected ({low:g} to {high:g})"
+    return f"{what}: as {expected}" if low <= value <= high else f"{what}: not as {expected}; see {where}"
 
-# ------------------------------------------------------------------------------------ cameras, learning rates
+# --------------------------------------------------------------------------------------------------- cameras
 def camera_to_world_at(azimuth, elevation, distance):
-    """Degrees -> (4,4) float64: a camera on a sphere that looks at the origin and sees Z upwards.  Of tensors
-    (B,) it makes (B,4,4), with gradients"""
+    """Degrees -> (4,4) float64: a camera that looks at the origin; tensors (B,) -> (B,4,4), with gradients"""
     a, e, distance = (some if isinstance(some, torch.Tensor) else torch.tensor(some, dtype=torch.float64)
                       for some in (azimuth, elevation, distance))
     a, e = a.deg2rad(), e.deg2rad()
@@ -184,19 +180,11 @@ def camera_to_world_at(azimuth, elevation, distance):
     return torch.cat([pose, pose.new_tensor([0, 0, 0, 1]).expand(*a.shape, 1, 4)], -2)
 
 def intrinsics_at(size, focal=131.25):
-    """Pixels along a side -> (3,3) float64.  `focal` is in pixels of a 128-pixel photo, as in the SRN data
-    set: a ball of diameter 1 then fills 85 % of the frame at the usual distance of 1.3."""
+    """Pixels along a side -> (3,3) float64"""
+    # The focal length is that of a 128-pixel photo of the SRN data set.  At its usual distance of 1.3 a ball
+    # of diameter 1 fills 85 % of the frame
     f = focal * size / 128
     return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
-
-# Adam's second beta is below the usual 0.999, so a rare large gradient is forgotten after a hundred steps.
-BETAS, CLIP = (0.9, 0.99), 1.0                # gradients longer than CLIP are shortened to it
-
-def learning_rate_share(step, steps, floor):
-    """The share of the highest learning rate at this step: a linear warm-up times a falling half cosine"""
-    # In the first 5 % Adam knows little of the gradients.  At the end small steps average out their noise
-    cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
-    return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
 # ------------------------------------------------------------------------------- safe writing and checkpoints
 @contextmanager
@@ -256,8 +244,7 @@ def load_checkpoint(file, *parts):
         # weights_only, because a file from a stranger could otherwise run any code while it is read
         state = torch.load(file, map_location="cpu", weights_only=True)
         # The zip's directory has no checksum.  A bit flipped in it fills a tensor with random memory
-        said = state.pop("digest", None) if isinstance(state, dict) else None
-        if said != digest(state):
+        if not isinstance(state, dict) or state.pop("digest", None) != digest(state):
             raise ValueError("no checkpoint of this version of the program, or its digest is wrong")
     except Exception as error:              # there is no end of what zipfile, pickle and torch may raise
         why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
@@ -265,13 +252,12 @@ def load_checkpoint(file, *parts):
     for part in parts:
         kind = {"names": list, "step": int, "autodecoder": str}.get(part, dict)
         if not isinstance(state.get(part), kind):
-            held = ", ".join(f"{key} ({type(value).__name__})" for key, value in state.items())
-            raise UserError(f"{file} holds something else ({held[:200]}), where {part} ({kind.__name__}) is "
-                            "wanted")
+            held = ", ".join(f"{key} ({type(value).__name__})" for key, value in state.items())[:200]
+            raise UserError(f"{file} holds something else ({held}), where {part} ({kind.__name__}) is wanted")
     return state
 
 def load_newest(folder, *parts, say=print):
-    """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither."""
+    """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither"""
     last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
     if not os.path.lexists(last) and not previous.exists():
         return None
@@ -284,27 +270,22 @@ def load_newest(folder, *parts, say=print):
     return load_checkpoint(previous, *parts)
 
 def load_stage(folder, what, script, *parts):
-    """What an earlier stage saved in its folder; one of the parts is in no other stage's checkpoint."""
+    """What an earlier stage saved in its folder; one of the parts is in no other stage's checkpoint"""
     try:
-        state = load_newest(folder, "config", *parts)
+        return load_newest(folder, "config", *parts) or load_checkpoint(Path(folder, "last.pt"))
     except UserError as error:
-        raise UserError(f"this needs {what}, as python {script} makes it: {error}") from None
-    if state is None:
-        raise UserError(f"this needs {what}, and {folder}/last.pt is not there. Run: python {script}")
-    return state
+        raise UserError(f"this needs {what}, and {error}. Run: python {script}") from None
 
 def saved_config(Config, state, folder):
     """The config of a checkpoint.  Its fields must be exactly those of this version's Config."""
     # With other fields another network could be built than the one whose weights are in the file
-    strange = {field.name for field in fields(Config)} ^ set(state["config"])
-    if strange:
+    if strange := {field.name for field in fields(Config)} ^ set(state["config"]):
         raise UserError(f"{folder} was trained by another version of this program, or by a chapter "
                         f"(knobs {', '.join(sorted(map(str, strange))[:3])}): train it again with --fresh")
     return checked(Config(**state["config"]), f"{folder}/last.pt: ")
 
 def fill(network, weights, folder):
-    """The network, with weights from a file (halves, in the box): they must have its names, shapes and types,
-    and be finite."""
+    """The network, with weights from a file, which must have its names, shapes and types, and be finite"""
     # A network on the device "meta" has shapes without numbers.  So a file that asks for more than memory
     # holds is refused before anything is built; else the file's tensors become such a network's own
     wanted = network.state_dict()
@@ -319,19 +300,20 @@ def fill(network, weights, folder):
     return network
 
 # -------------------------------------------------------------------------------------------------- long work
+CLEAR = "\r\033[K"                 # a terminal goes back to the start of its line, and empties it
+
 class Run:
     """What surrounds every long loop: recipe, lock, checkpoints, signals, NaN guard, log, progress line"""
     def __init__(self, folder, stage, config, recipe, name="config.json",
                  stale=("last.pt", "previous.pt", "log.jsonl", "previews")):
         """recipe: fields that must agree with the folder's earlier run; stale: what --fresh throws away"""
         # First all is checked.  Until `with run:` only the lock is written, and nothing is deleted
-        self.folder, self.config, self.stopping = Path(folder), asdict(config), None
-        self.fresh, self.stale = self.config.get("fresh", False), [self.folder / some for some in stale]
-        self.file = self.folder / name
+        self.folder, self.file, self.config = Path(folder), Path(folder, name), asdict(config)
+        self.fresh, self.stale = self.config.get("fresh"), [self.folder / some for some in stale]
         wanted = {"stage": stage} | {key: self.config[key] for key in recipe}
         self.recipe = json.loads(json.dumps(wanted))            # as the file gives it back: a tuple is a list
-        self.began, self.first, self.printed, self.width = time.time(), {}, 0.0, 0     # for the progress line
-        self.bad, self.skipped, self.doubtful = 0, 0, False                            # for the guards
+        self.began, self.first, self.printed = time.time(), {}, 0.0                    # for the progress line
+        self.bad, self.skipped, self.doubtful, self.stopping = 0, 0, False, None       # for the guards
         self._lock(f".{name}.lock")
         self._check_recipe()
 
@@ -342,16 +324,14 @@ class Run:
             # A symbolic link is not followed, because it could lead to another user's file
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             self.lock = os.fdopen(os.open(self.folder / name, flags, 0o644), "r+")
+            # The system frees this lock when the process ends, even by kill -9.  A mere file would stay
+            with suppress(ImportError):                         # Windows has no such lock
+                import fcntl
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {self.folder} now: wait for it, or use another --out")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error}") from None
-        # The system frees this lock when the process ends, even by kill -9.  A mere file would stay behind
-        try:
-            import fcntl
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                                     # Windows: no such lock
-            pass
-        except OSError:
-            raise UserError(f"another run is writing to {self.folder} now: wait for it, or use another --out")
 
     def _check_recipe(self):
         """The recipe that the folder was begun with must be today's"""
@@ -370,20 +350,16 @@ class Run:
         path = lambda some: os.path.normpath(some) if some and isinstance(some, str) else some      # ./a is a
         for field, value in ({} if self.fresh else self.recipe).items():
             if path(found.get(field, value)) != path(value):
-                named = ["(none)" if some == "" else some for some in (found[field], value)]
-                anew = "start over with --fresh" if "fresh" in self.config else f"delete {self.folder}"
+                anew = f"delete {self.folder}" if self.fresh is None else "start over with --fresh"
                 late = " (its learning rate fell to the end over those steps, so it cannot be made longer)"
-                raise UserError(f"{self.file} says that what is there was made with --{field} {named[0]}, "
-                                f"not {named[1]}{late * (field == 'steps')}: use the same value or another "
-                                f"folder, or {anew}")
+                raise UserError(f"{self.file} says that what is there was made with --{field} "
+                                f"{str(found[field]) or '(none)'}, not {str(value) or '(none)'}"
+                                f"{late * (field == 'steps')}: use the same value, another folder, or {anew}")
 
     def __enter__(self):
         """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""
-        for path in self.stale if self.fresh else ():
-            try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"--fresh: cannot remove {path}: {error}") from None
+        for path in filter(os.path.lexists, self.stale if self.fresh else ()):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         save_text(self.file, json.dumps(self.recipe, indent=1))
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
@@ -422,23 +398,22 @@ class Run:
     def finite(self, step, value):
         """False for a step to leave out, because its loss or gradient is not finite (NaN or infinity)"""
         # One unlucky batch is harmless if its step is left out.  Three in a row mean that the weights are bad
-        if math.isfinite(value):
-            self.bad = 0
-            return True
-        self.bad, self.skipped = self.bad + 1, self.skipped + 1
-        self.say(f"!! step {step}: the loss is not finite: step left out, {self.skipped} so far")
+        self.bad = 0 if math.isfinite(value) else self.bad + 1
+        if self.bad:
+            self.skipped += 1
+            self.say(f"!! step {step}: the loss is not finite: step left out, {self.skipped} so far")
         if self.bad == 3:
             raise UserError(f"the loss was not finite three times in a row, at step {step}; what is saved is "
                             "intact: go on by the same command, or lower the learning rate in another --out")
-        return False
+        return self.bad == 0
 
     def log(self, step, steps, show=True, **numbers):
         """A line of log.jsonl, and the same numbers on the progress line."""
         # The file is closed after each line, so a kill loses one line at most
-        row = {"step": step, **numbers, "seconds": round(time.time() - self.began, 1)}
+        row = json.dumps({"step": step, **numbers, "seconds": round(time.time() - self.began, 1)})
         try:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(f"{row}\n")
         except OSError as error:
             raise UserError(f"cannot write the log: {error}; what is saved is intact") from None
         if show:
@@ -448,22 +423,17 @@ class Run:
         """One line, rewritten on a terminal, repeated every ten seconds in a log file"""
         # Speed is counted from this process's first call, because steps before a resume took none of its time
         now, last, terminal = time.time(), done == total, sys.stdout.isatty()
-        if what not in self.first:
-            self.first[what] = (now, done) if done or self.first else (self.began, 0)
-        rate = (now - self.first[what][0]) / max(done - self.first[what][1], 1)
+        began, first = self.first.setdefault(what, (now, done))
+        rate = (now - began) / max(done - first, 1)
         if not last and (not rate or now - self.printed < (0.2 if terminal else 10)):
             return
-        # On a terminal \r goes back to the start of the line, and spaces cover a longer line before it
         self.printed, percent, left = now, 100 * done // max(total, 1), clock(rate * (total - done))
         line = f"{what} {done}/{total} {percent}%  {numbers}  {rate:.2f} s each  eta {left}"
-        end = "" if terminal and not last else "\n"
-        print("\r" * terminal + line.ljust(self.width), end=end, flush=True)
-        self.width = 0 if end else len(line)
+        print(CLEAR * terminal + line, end="" if terminal and not last else "\n", flush=True)
 
     def say(self, text):
-        """A line that does not run into the progress line."""
-        print(("\r" + " " * self.width + "\r" if self.width else "") + plain(text), flush=True)
-        self.width = 0
+        """A line that does not run into the progress line"""
+        print(CLEAR * sys.stdout.isatty() + plain(text), flush=True)
 
     def stop_if_asked(self, step):
         """Called after a save: if Ctrl-C or SIGTERM came, the run ends here, and nothing is lost."""
@@ -471,14 +441,12 @@ class Run:
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
 
 def clock(seconds):
-    """3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s"""
-    m, s = divmod(int(seconds + 0.5), 60)
+    m, s = divmod(int(seconds + 0.5), 60)                # 3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s" if m else f"{s}s"
 
 # --------------------------------------------------------------------------------------------------- pictures
 def to_bytes(picture):
-    """A picture in [0, 1], or a little outside, as 8 bits"""
-    return (picture.clamp(0, 1) * 255).round().byte()
+    return (picture.clamp(0, 1) * 255).round().byte()    # what is a little outside [0, 1] is brought inside
 
 def grid(pictures, columns, gap=2):
     """Pictures (N,H,W,3) uint8, a tensor or array -> one array, `columns` to a row, white between them."""

@@ -32,9 +32,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from autodecoder import fingerprint, load_autodecoder, plot_log
-from common import (BETAS, CLIP, Run, UserError, command, fill, judge, learning_rate_share, load_stage,
-                    parse_config, pick_device, save_figure, save_preview, saved_config, to_bytes)
+from autodecoder import BETAS, CLIP, fingerprint, learning_rate_share, load_autodecoder, plot_log
+from common import (Run, UserError, command, fill, judge, load_stage, parse_config, pick_device, save_figure,
+                    save_preview, saved_config, to_bytes)
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 

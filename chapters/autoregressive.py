@@ -28,10 +28,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import load_autodecoder, plot_log, unfold_children
+from autodecoder import CLIP, learning_rate_share, load_autodecoder, plot_log, unfold_children
 from chapters.families import keep, resume, to_learn, with_box, write_samples
-from common import (CLIP, Run, UserError, command, grid, learning_rate_share, parse_config, pick_device,
-                    save_picture, to_bytes)
+from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views
 

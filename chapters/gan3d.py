@@ -44,8 +44,8 @@ class Config:
     recombinations: int = 4096           # codes to learn from (at least 1)
     noise: int = 64                      # random numbers for each sample (at least 1)
     widths: tuple = (128, 64, 32)        # channels of both networks, coarse to fine (at least 1)
-    r1: float = 1.0                      # weight of the squared gradient at real latents; 0: the plain GAN
-    steps: int = 4000                    # steps of both networks (at least 1)
+    r1: float = 100.0                    # weight of the squared gradient at real latents; 0: the plain GAN
+    steps: int = 3000                    # steps of both networks (at least 1)
     batch: int = 32                      # latents in a step (at least 2)
     lr: float = 1e-3                     # learning rate of both
     ema: float = 0.998                   # decay of the averaged generator, which samples (from 0 to 1)

@@ -344,10 +344,10 @@ def test_a_number_is_compared_with_the_promised_one_and_never_fails():
     say = lambda config, value: common.judge(config, diffusion.FREE, f"error {value}", value, 1, 2,
                                              "README.md")
     assert say(usual, 1.5) == "error 1.5: as expected (1 to 2)"
-    assert say(usual, 3.0) == "error 3.0: expected 1 to 2; see README.md"
-    assert "expected 1 to 2" in say(usual, float("nan"))
+    assert say(usual, 3.0) == "error 3.0: not as expected (1 to 2); see README.md"
+    assert "not as expected (1 to 2)" in say(usual, float("nan"))
     assert "not judged" in say(replace(usual, steps=3), 1.5) and "not judged" in say(unet.Config(), 1.5)
-    assert "as expected" in say(replace(usual, out="elsewhere", log_every=1), 1.5)
+    assert ": as expected" in say(replace(usual, out="elsewhere", log_every=1), 1.5)
 
 
 def test_the_last_line_tells_time_and_memory(capsys):
