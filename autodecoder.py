@@ -35,9 +35,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import render_shapenet
-from common import (Run, UserError, command, digest, fill, judge, load_stage, parse_config, pick_device,
-                    save_figure, save_preview, save_text, saved_config)
-from shapes.photos import kinds_of, read_photos
+from common import (Run, UserError, command, digest, fill, fill_optimizer, first_then_others, judge,
+                    load_stage, my_share, parse_config, pick_device, save_figure, save_preview, save_text,
+                    saved_config, together)
+from shapes.packed import read_photos
+from shapes.photos import kinds_of
 from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
                            truth_and_ours)
 
@@ -144,7 +146,10 @@ class Autodecoder(nn.Module):
 
     def code(self, s, a, stretch):
         """Shapes of objects s and colours of objects a (B,), log stretches (B,3) -> codes (B,W)"""
-        return torch.cat([self.shapes[s], self.colours[a], stretch / self.config.stretch], 1)
+        # A sparse gradient has rows only for the codes that were looked up, so a step costs the same with ten
+        # objects and with a million
+        row = lambda table, which: F.embedding(which.to(table.device), table, sparse=True)
+        return torch.cat([row(self.shapes, s), row(self.colours, a), stretch / self.config.stretch], 1)
 
     @property
     def codes(self):
@@ -228,6 +233,7 @@ def draw_batch(photos, config, views, generator, objects=None):
     y, x = pixel // n, pixel % n
     origins, directions = pixel_rays(photos.pose[o, view], photos.intrinsics[o], x + 0.5, y + 0.5)
     rgb, mask = photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
+    photos.forget()
     return objects, origins, directions, rgb, mask
 
 def recolouring(palettes, i, k):
@@ -269,21 +275,22 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
     return whose, stretch, (origins * D, directions * D, rgb, opacity)
 
-def reconstruction_loss(model, volume, batch, config, generator, skip_empty, has_masks):
+def reconstruction_loss(model, volume, batch, config, place, skip_empty, has_masks):
     """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed)"""
     origins, directions, target, opacity = batch
     occupied = occupancy(volume, model.field) if skip_empty else None
-    rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, generator, occupied)
+    rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, place, occupied)
     # paper: L1 and perceptual losses; here the squared error, which is PSNR's own
     photo = (rgb - target).square().mean()
     mask = (alpha - opacity).square().mean()
     loss = photo + config.mask_weight * mask if has_masks else photo
     return loss, photo, alpha.mean()
 
-def on_device(generator, device):
-    """A generator of the same seed on the device that draws from it"""
-    seed = generator.initial_seed()
-    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+def jitter(batch, samples, generator, device):
+    """A random place in each bin of each ray (B,R,S), drawn on the device, as it is a batch's largest part"""
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(generator.initial_seed())
+    return torch.rand(*batch[0].shape[:2], samples, generator=generator, device=device)
 
 # ------------------------------------------------------------------------------------------------- measuring
 
@@ -340,7 +347,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     if not os.path.exists(config.data) and config.data == Config.data:
         print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
         render_shapenet.main([])
-    photos = read_photos(config.data, config.size, config.objects)
+    with first_then_others():
+        photos = read_photos(config.data, config.size, config.objects)
     count = photos.rgb.shape[1]
     if not 1 <= config.holdout_views < count:
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
@@ -353,14 +361,15 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     model = Decoder(config, len(photos.names)).to(device)
     codes = [model.shapes, model.colours]
     decoder = [p for name, p in model.named_parameters() if name not in ("shapes", "colours")]
-    optimizer = torch.optim.Adam([{"params": decoder}, {"params": codes}], betas=BETAS)
-    state, step = run.load("names", "model", "optimizer", "step"), 0
+    optimizers = torch.optim.Adam(decoder, betas=BETAS), torch.optim.SparseAdam(codes, betas=BETAS)
+    state, step = run.load("names", "model", "optimizer", "code_optimizer", "step"), 0
     if state:
         if state["names"] != photos.names:
             raise UserError(f"{config.out} was trained on other objects than those in {config.data}: use "
                             "another --out, or --fresh")
         fill(model, state["model"], config.out)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, name in zip(optimizers, ("optimizer", "code_optimizer")):
+            fill_optimizer(optimizer, state[name], config.out)
         step = state["step"]
         print(f"going on from step {step} of {config.out}/last.pt")
     print(f"{len(photos.names)} objects, {len(train_views)} views each to train and {len(test_views)} held "
@@ -368,15 +377,16 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     if config.recolour and not photos.has_masks:
         print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
         config.recolour = 0.0
-    palettes, extents = photos.palettes(train_views), photos.extents(train_views)
+    with first_then_others():
+        palettes, extents = photos.measured(train_views)
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
         while step < config.steps:
             # Schedule
             rates = learning_rate_share(step, config.steps, config.lr_floor)
-            for group, rate in zip(optimizer.param_groups, (config.decoder_lr, config.code_lr)):
-                group["lr"] = rate * rates
+            for optimizer, rate in zip(optimizers, (config.decoder_lr, config.code_lr)):
+                optimizer.param_groups[0]["lr"] = rate * rates
 
             # Batch.  All that is random follows from (seed, step): resuming needs the step's number alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -384,28 +394,33 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
             left = 1 - step / config.steps                     # at the end all photos are real ones
             whose, stretch, batch = photos_nobody_took(objects, batch, palettes, extents, config, left,
                                                        generator)
-            stretch, *batch = [t.to(device) for t in (stretch, *batch)]
+            place = jitter(batch, config.samples, generator, device)
 
-            # Loss: decode the codes, render the rays, compare
-            volume = model.volumes_of(model.code(objects, whose, stretch))
-            skip_empty, jitter = step >= config.dense_steps, on_device(generator, device)
-            loss, photo, alpha = reconstruction_loss(model, volume, batch, config, jitter, skip_empty,
-                                                     photos.has_masks)
-            loss = loss + config.code_decay * sum(half.square().mean() for half in codes) / 2
+            # Loss: decode the codes, render the rays, compare.  Several processes share the objects
+            code, mine = model.code(objects, whose, stretch.to(device)), my_share(len(objects))
+            code.register_hook(together)
+            volume, batch = model.volumes_of(code[mine]), [part[mine].to(device) for part in batch]
+            loss, photo, alpha = reconstruction_loss(model, volume, batch, config, place[mine],
+                                                     step >= config.dense_steps, photos.has_masks)
+            loss = loss + config.code_decay * code[:, :-3].square().mean()
 
             # Step.  One that is not finite is left out
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for p in decoder:
+                together(p.grad)
+            norm = nn.utils.clip_grad_norm_(decoder, CLIP)
             if run.finite(step, loss.item() + norm.item()):
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
             step += 1
 
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, loss=loss.item(), alpha=alpha.item(),
-                        training_psnr=-10 * math.log10(photo.item() + 1e-10), lr=rates * config.decoder_lr)
-            if step % config.preview_every == 0 or step == config.steps:
+                loss, photo, alpha = together(torch.stack([loss, photo, alpha]).detach()).tolist()
+                run.log(step, config.steps, loss=loss, alpha=alpha, lr=rates * config.decoder_lr,
+                        training_psnr=-10 * math.log10(photo + 1e-10))
+            if run.first_process and (step % config.preview_every == 0 or step == config.steps):
                 rows = score_views(model, model.codes[shown], photos, shown, test_views[:4])
                 full, foreground = mean_of(rows, "ours"), mean_of(rows, "ours_fg")
                 run.log(step, config.steps, show=False, heldout=full, heldout_foreground=foreground)
@@ -415,11 +430,15 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
                              truth_and_ours(model, model.codes[shown], photos, shown, test_views[0]))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
                 run.save({"config": asdict(config), "names": photos.names, "step": step,
-                          "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                          "model": model.state_dict(), "optimizer": optimizers[0].state_dict(),
+                          "code_optimizer": optimizers[1].state_dict()})
             run.stop_if_asked(step)
 
-    # The numbers: all held-out views of all objects
-    rows = score_views(model, model.codes, photos, range(len(photos.names)), test_views)
+    # The numbers: all held-out views of all objects; of thousands, 256 are enough
+    if not run.first_process:
+        return
+    chosen = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 256)).long().tolist()
+    rows = score_views(model, model.codes[chosen], photos, chosen, test_views)
     text = table(rows, kinds_of(config.data, photos.names))
     full = mean_of(rows, "ours")
     print(text, judge(config, FREE, f"held-out views {full:.2f} dB", full, 30.4, 31.2, "README.md"), sep="\n")
@@ -455,8 +474,8 @@ def descend(model, decode, start, unit, photos, views, objects, steps, rate, pul
         batch = [t.to(start.device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
 
         # The loss of training, but the decoder may not move
-        volume, jitter = decode(start + unit * way), on_device(generator, start.device)
-        loss = reconstruction_loss(model, volume, batch, recipe, jitter, True, photos.has_masks)[0]
+        volume, place = decode(start + unit * way), jitter(batch, recipe.samples, generator, start.device)
+        loss = reconstruction_loss(model, volume, batch, recipe, place, True, photos.has_masks)[0]
         optimizer.zero_grad()
         (loss + pull * way.square().mean()).backward()
         optimizer.step()

@@ -15,6 +15,7 @@ Conventions (everything in this project obeys them; data from elsewhere is conve
 read parse_config, camera_to_world_at, Run; the rest when you need it.
 """
 import argparse
+import copy
 import hashlib
 import inspect
 import io
@@ -25,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -33,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 
@@ -119,10 +122,16 @@ def pick_device(name="auto"):
     name, why = found if name == "auto" else (name, "asked for")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: auto, cpu or cuda (or cuda:1, ...) is wanted")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:                          # under torchrun, one for each
+        name += f":{os.environ['LOCAL_RANK']}"
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such GPU: use --device cpu")
     title = f"{torch.get_num_threads()} threads" if name == "cpu" else torch.cuda.get_device_name(name)
     print(f"device {name} ({why}; {title})")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo" if name == "cpu" else "cpu:gloo,cuda:nccl")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
     return torch.device(name)
 
 def command(main):
@@ -140,6 +149,9 @@ def command(main):
     except OSError as error:                  # a name that is too long, a folder that may not be read
         raise UserError(error) from None
     except (MemoryError, RuntimeError) as error:
+        if dist.is_initialized() and re.search("peer|[Tt]imed out|NCCL|[Cc]onnection", str(error)):
+            raise UserError("another process of this run has ended; what is saved is intact, and the same "
+                            "command goes on") from None
         # torch has many words for too little memory, and for a size that it cannot even count
         if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
             raise
@@ -165,6 +177,38 @@ def judge(config, free, what, value, low, high, where):
         return f"{what}: not judged, because this is not the default stage"
     expected = f"expected ({low:g} to {high:g})"
     return f"{what}: as {expected}" if low <= value <= high else f"{what}: not as {expected}; see {where}"
+
+# ------------------------------------------------------------------------------------------ several processes
+# `torchrun --nproc_per_node 2 autodecoder.py` starts two processes, on a GPU each or on the CPU.  Each takes
+# a share of every batch, and their gradients are averaged, so they train as one does.  The first one speaks
+# and writes for all
+def rank_of():
+    """-> this process's rank, 0 for the first, and how many there are"""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+def my_share(items):
+    """Which items of a batch are this process's"""
+    rank, count = rank_of()
+    if items % count:
+        raise UserError(f"{count} processes cannot share the {items} items of a batch equally")
+    return slice(rank, None, count)
+
+def together(tensor):
+    """The mean over all processes, in place"""
+    if rank_of()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor /= rank_of()[1]
+    return tensor
+
+@contextmanager
+def first_then_others():
+    """What the first process writes here, the others then read"""
+    if rank_of()[0]:
+        together(torch.zeros(1))                               # waits until all are here
+    yield
+    if not rank_of()[0]:
+        together(torch.zeros(1))
 
 # --------------------------------------------------------------------------------------------------- cameras
 def camera_to_world_at(azimuth, elevation, distance):
@@ -250,7 +294,7 @@ def load_checkpoint(file, *parts):
         why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UserError(f"{file} is damaged and cannot be read ({why})") from None
     for part in parts:
-        kind = {"names": list, "step": int, "autodecoder": str}.get(part, dict)
+        kind = {"names": list, "optimizers": list, "step": int, "autodecoder": str}.get(part, dict)
         if not isinstance(state.get(part), kind):
             held = ", ".join(f"{key} ({type(value).__name__})" for key, value in state.items())[:200]
             raise UserError(f"{file} holds something else ({held}), where {part} ({kind.__name__}) is wanted")
@@ -299,6 +343,17 @@ def fill(network, weights, folder):
     network.load_state_dict(weights, assign=any(some.is_meta for some in wanted.values()))
     return network
 
+def fill_optimizer(optimizer, state, folder):
+    """Its state from a file.  torch looks at the state's structure, but not at its tensors' shapes"""
+    try:
+        optimizer.load_state_dict(state)
+        wrong = [some for p, kept in optimizer.state.items() for some in kept.values()
+                 if isinstance(some, torch.Tensor) and some.dim() and some.shape != p.shape]
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        wrong = [error]
+    if wrong:
+        raise UserError(f"{folder}/last.pt holds the state of another optimizer: start over with --fresh")
+
 # -------------------------------------------------------------------------------------------------- long work
 CLEAR = "\r\033[K"                 # a terminal goes back to the start of its line, and empties it
 
@@ -314,8 +369,11 @@ class Run:
         self.recipe = json.loads(json.dumps(wanted))            # as the file gives it back: a tuple is a list
         self.began, self.first, self.printed = time.time(), {}, 0.0                    # for the progress line
         self.bad, self.skipped, self.doubtful, self.stopping = 0, 0, False, None       # for the guards
-        self._lock(f".{name}.lock")
-        self._check_recipe()
+        self.first_process, self.lock = rank_of()[0] == 0, open(os.devnull)
+        self.writer, self.trouble = None, None                                         # for saving
+        if self.first_process:
+            self._lock(f".{name}.lock")
+            self._check_recipe()
 
     def _lock(self, name):
         """One run for each folder: two would overwrite each other's checkpoints."""
@@ -358,9 +416,10 @@ class Run:
 
     def __enter__(self):
         """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""
-        for path in filter(os.path.lexists, self.stale if self.fresh else ()):
+        for path in filter(os.path.lexists, self.stale if self.fresh and self.first_process else ()):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        save_text(self.file, json.dumps(self.recipe, indent=1))
+        if self.first_process:
+            save_text(self.file, json.dumps(self.recipe, indent=1))
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
         with suppress(ValueError):                                    # only the main thread can set handlers
@@ -370,7 +429,10 @@ class Run:
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.lock.close()
+        try:
+            self.written()
+        finally:
+            self.lock.close()
 
     def _stop(self, number, frame):
         if self.stopping:                            # a second Ctrl-C means: at once
@@ -378,14 +440,31 @@ class Run:
         self.stopping = signal.Signals(number).name
 
     def save(self, state):
-        """Write last.pt; the one before stays as previous.pt."""
-        # A copy, and not a rename: at any moment there is a last.pt, and it is whole
-        last = self.folder / "last.pt"
-        if last.exists() and not self.doubtful:                 # else a damaged one would replace a good one
-            with atomic_file(self.folder / "previous.pt") as temporary:
-                shutil.copyfile(last, temporary)
-        save_checkpoint(last, state)
-        self.doubtful = False
+        """Write last.pt; the one before stays as previous.pt.  A thread does it while training goes on, with
+        a copy of what training changes"""
+        if self.first_process:
+            self.written()
+            self.writer = threading.Thread(target=self._write, args=(copy.deepcopy(state),))
+            self.writer.start()
+
+    def _write(self, state):
+        try:
+            # A copy, and not a rename: at any moment there is a last.pt, and it is whole
+            last = self.folder / "last.pt"
+            if last.exists() and not self.doubtful:             # else a damaged one would replace a good one
+                with atomic_file(self.folder / "previous.pt") as temporary:
+                    shutil.copyfile(last, temporary)
+            save_checkpoint(last, state)
+            self.doubtful = False
+        except BaseException as error:
+            self.trouble = error
+
+    def written(self):
+        """Waits for the thread that saves, and raises here what went wrong there"""
+        self.writer and self.writer.join()
+        trouble, self.writer, self.trouble = self.trouble, None, None
+        if trouble:
+            raise trouble
 
     def load(self, *parts):
         """The state to go on from, with these parts, or None."""
@@ -397,6 +476,9 @@ class Run:
 
     def finite(self, step, value):
         """False for a step to leave out, because its loss or gradient is not finite (NaN or infinity)"""
+        # What one process finds, or was asked, all must know
+        value, asked = together(torch.tensor([value, float(bool(self.stopping))])).tolist()
+        self.stopping = self.stopping or asked and "a signal to another process"
         # One unlucky batch is harmless if its step is left out.  Three in a row mean that the weights are bad
         self.bad = 0 if math.isfinite(value) else self.bad + 1
         if self.bad:
@@ -410,9 +492,14 @@ class Run:
     def log(self, step, steps, show=True, **numbers):
         """A line of log.jsonl, and the same numbers on the progress line."""
         # The file is closed after each line, so a kill loses one line at most
+        if not self.first_process:
+            return
         row = json.dumps({"step": step, **numbers, "seconds": round(time.time() - self.began, 1)})
         try:
-            with open(self.folder / "log.jsonl", "a") as file:
+            path = self.folder / "log.jsonl"
+            if path.is_fifo():                                          # a pipe would block for ever
+                raise OSError(f"{path} is a pipe")
+            with open(path, "a") as file:
                 file.write(f"{row}\n")
         except OSError as error:
             raise UserError(f"cannot write the log: {error}; what is saved is intact") from None
@@ -438,6 +525,7 @@ class Run:
     def stop_if_asked(self, step):
         """Called after a save: if Ctrl-C or SIGTERM came, the run ends here, and nothing is lost."""
         if self.stopping:
+            self.written()
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
 
 def clock(seconds):

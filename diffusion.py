@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from autodecoder import BETAS, CLIP, fingerprint, learning_rate_share, load_autodecoder, plot_log
-from common import (Run, UserError, command, fill, judge, load_stage, parse_config, pick_device, save_figure,
-                    save_preview, saved_config, to_bytes)
+from common import (Run, UserError, command, fill, fill_optimizer, judge, load_stage, my_share, parse_config,
+                    pick_device, save_figure, save_preview, saved_config, to_bytes, together)
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 
@@ -406,7 +406,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
                             "start over with --fresh, or use another --out")
         fill(average, state["denoiser"], config.out)
         fill(denoiser, state["denoiser"] | state["raw"], config.out)
-        optimizer.load_state_dict(state["optimizer"])
+        fill_optimizer(optimizer, state["optimizer"], config.out)
         step, data = state["step"], denoiser.examples(codes)                  # in the saved basis
         print(f"going on from step {step} of {config.out}/last.pt")
     print(f"{len(own)} objects and {count} recombinations; noise from {denoiser.levels[0]:.2g} to "
@@ -428,14 +428,17 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
             u = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
             noise = torch.randn(config.batch, data.shape[1], generator=generator).to(device)
 
-            # Loss
-            told = denoiser.told(item, generator)
-            losses = denoising_loss(denoiser, data[item], codes[item], noise, u.to(device), *told)
+            # Loss.  Several processes (torchrun) share the batch
+            told, mine = denoiser.told(item, generator), my_share(config.batch)
+            item, noise, u, *told = [some[mine] for some in (item, noise, u.to(device), *told)]
+            losses = denoising_loss(denoiser, data[item], codes[item], noise, u, *told)
             loss = losses.mean()
 
             # Step, and the running mean: short at first, because the first weights are worth little
             optimizer.zero_grad()
             loss.backward()
+            for p in denoiser.network.parameters():
+                together(p.grad)
             norm = nn.utils.clip_grad_norm_(denoiser.network.parameters(), CLIP)
             if run.finite(step, loss.item() + norm.item()):
                 optimizer.step()
@@ -446,9 +449,10 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
 
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
-                low, middle, high = (part.mean().item() for part in losses.detach().tensor_split(3))
-                run.log(step, config.steps, loss=loss.item(), low=low, middle=middle, high=high)
-            if step % config.preview_every == 0 or step == config.steps:
+                parts = [part.mean() for part in (losses, *losses.tensor_split(3))]
+                loss, low, middle, high = together(torch.stack(parts).detach()).tolist()
+                run.log(step, config.steps, loss=loss, low=low, middle=middle, high=high)
+            if run.first_process and (step % config.preview_every == 0 or step == config.steps):
                 latents = average.latents(sample(average, range(8), 18))
                 rgb = render_views(model, latents, cameras(ANGLES[:2]), SIZE)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(rgb.transpose(0, 1)))
@@ -458,6 +462,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
                           "denoiser": average.state_dict(), "raw": raw, "optimizer": optimizer.state_dict()})
             run.stop_if_asked(step)
 
+    if not run.first_process:
+        return
     near = nearest(average.latents(sample(average, range(8))), latents_of(model, own))[0][:, 0].mean().item()
     print(judge(config, free, f"eight samples' mean distance to the nearest training latent {near:.0f}", near,
                 150, 215, "README.md"))

@@ -135,20 +135,17 @@ def voxel_field(channels, position):
     return F.softplus(channels[..., 0]), torch.sigmoid(channels[..., 1:4])
 
 
-def render(volume, origins, directions, samples, field=voxel_field, generator=None, occupied=None):
-    """volume (B,C,D,H,W), origins and directions (B,R,3) -> rgb (B,R,3) on white, alpha (B,R), depth
-    (B,R; inf where alpha <= 0.01)"""
+def render(volume, origins, directions, samples, field=voxel_field, place=None, occupied=None):
+    """volume (B,C,D,H,W), origins and directions (B,R,3), places in the bins (B,R,S) -> rgb (B,R,3) on white,
+    alpha (B,R), depth (B,R; inf where alpha <= 0.01)"""
     # All bins between the cube's faces are equal.  A bin's `step` is a difference of depths t.  The fog acts
     # over distances, and the distance is |direction| times as long as the depth
     near, far = cube(origins, directions)
     step = (far - near) / samples                                                       # (B,R)
     length = step * directions.norm(dim=-1)
 
-    # One sample in each bin: at its centre or, with a generator, at a random place in it.  The second is
-    # called stratified sampling.  It visits every depth during a training, so no wall hides between samples
-    place = None
-    if generator is not None:
-        place = torch.rand(*near.shape, samples, generator=generator, device=near.device)   # (B,R,S)
+    # One sample in each bin: at its centre or, in training, at a random place between 0 and 1 in it.  The
+    # second is called stratified sampling.  It visits every depth, so no wall hides between samples
 
     # With `occupied` empty space is not looked up.  The picture then lacks only fog thinner than EMPTY
     if occupied is not None:
@@ -246,6 +243,7 @@ def score_views(model, codes, photos, objects, views):
             rows.append({"object": o, "ours": psnr(rgb, truth), "ours_fg": psnr(rgb, truth, mask),
                          "white": psnr(white, truth), "white_fg": psnr(white, truth, mask),
                          "haze": alpha[beyond].mean().item()})
+        photos.forget()
     return rows
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from autodecoder import fingerprint, load_autodecoder, read_log
-from common import (UserError, command, fill, grid, load_checkpoint, parse_config, pick_device,
-                    save_checkpoint, save_picture, save_text, to_bytes)
+from common import (UserError, command, fill, fill_optimizer, grid, load_checkpoint, parse_config,
+                    pick_device, save_checkpoint, save_picture, save_text, to_bytes)
 from diffusion import Config as Stage2
 from diffusion import RobustNorm, latents_of, load_denoiser, recombined, sample
 from sample import BOX, is_run, novelty, summarise
@@ -56,7 +56,7 @@ def to_learn(model, config):
 
 def resume(run, model, networks, optimizers):
     """Fills networks {name: network} and the optimizers with what the run saved -> the step to go on from"""
-    state = run.load(*networks, "step")
+    state = run.load("autodecoder", "optimizers", *networks, "step")
     if not state:
         return 0
     if state["autodecoder"] != fingerprint(model):
@@ -64,7 +64,7 @@ def resume(run, model, networks, optimizers):
     for name, network in networks.items():
         fill(network, state[name], run.folder)
     for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+        fill_optimizer(optimizer, saved, run.folder)
     print(f"going on from step {state['step']} of {run.folder}/last.pt")
     return state["step"]
 

@@ -40,7 +40,7 @@ from common import (UserError, command, grid, parse_config, pick_device, save_pi
                     save_text, to_bytes)
 from diffusion import heun_sample, latents_of, noise_of
 from sample import load_models
-from shapes.photos import Photos, read_photos
+from shapes.packed import Photos, read_photos
 from viewer.page import write_gallery
 from volume_render import ANGLES, cameras, mean_of, psnr, render_views, render_volumes, score_views
 
@@ -107,11 +107,17 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
         if not last:
             x = denoiser.to_components(denoiser.latents(code)) + denoiser.level(places[k + 1]) * draw()
     # The latent, freed of its code
+    latent = denoiser.latents(code)
+    return see(decoder_of(model), latent, latent.std(), config.latent_pull, 6 * config.steps, 0.05,
+               len(places))
+
+
+def decoder_of(model):
+    """G2 alone, with fast convolutions"""
     def decode(latent):
         with fast_precision(model.config, latent.device):
             return model.to_volume(latent)
-    latent = denoiser.latents(code)
-    return see(decode, latent, latent.std(), config.latent_pull, 6 * config.steps, 0.05, len(places))
+    return decode
 
 
 class OfLatents:
@@ -220,8 +226,8 @@ def main(argv=None):
             numbers.append([seen.std(0).mean().item(), unseen.std(0).mean().item(), sum(each) / len(each),
                             max(each), psnr(unseen.mean(0), truth)])
             every.append((seen, unseen))
-        text = "{} answers: deviation on given photos {:.4f}, on others {:.4f}; PSNR of one {:.2f}, of the best "
-        text += "{:.2f}, of their mean {:.2f}"
+        text = "{} answers: deviation on given photos {:.4f}, on others {:.4f}; PSNR of one {:.2f}, of "
+        text += "the best {:.2f}, of their mean {:.2f}"
         lines.append(text.format(config.count, *torch.tensor(numbers).mean(0)))
         rows = [torch.cat([photos.rgb[o, which[:1]], to_bytes(some[:, 0]),
                            to_bytes(1 - 4 * some[:, :1].std(0))])

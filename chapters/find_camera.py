@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from common import UserError, camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_text
 from sample import load_models
-from shapes.photos import read_photos
+from shapes.packed import read_photos
 from volume_render import cameras, occupancy, pixel_rays, psnr, render, render_volumes
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import diffusion
 from chapters.families import finish, with_box
 from chapters.hybrid import Attention
-from common import command
+from common import UserError, command
 from diffusion import Denoiser, latents_of, level_embedding
 
 
@@ -102,6 +102,9 @@ class LatentDenoiser(Denoiser):
     the network guesses the latent, not its code."""
 
     def __init__(self, config, model):
+        if model.config.latent_resolution % 2 ** (len(config.levels) - 1):
+            raise UserError(f"--levels: {len(config.levels)} levels halve a latent of "
+                            f"{model.config.latent_resolution} cells a side too often")
         config.components = 1                                  # a basis that is not used
         super().__init__(config, model)
         self.deviation = torch.ones(self.norm.centre.numel())

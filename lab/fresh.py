@@ -32,7 +32,8 @@ from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_c
 from render_shapenet import worker_setup
 from shapes import earphones
 from shapes.meshes import load_obj
-from shapes.photos import Photos, factors_of, read_photos
+from shapes.packed import Photos, read_photos
+from shapes.photos import factors_of
 from shapes.rasterizer import rasterize, to_world
 from volume_render import camera_rays, cameras
 

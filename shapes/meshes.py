@@ -39,6 +39,7 @@ MAX_LIBRARIES = 100            # material files of one mesh, and
 MAX_LIBRARY = 2_000_000        # bytes of each
 MAX_TEXELS = 1 << 26           # of all textures of one mesh, 200 MB: for the others the plain colour Kd
 MAX_PIXELS = 8192 * 8192       # of a texture, read from its header before anything is decoded
+MAX_DECODED = 1 << 29          # of all textures of one mesh: ten seconds
 MAX_SIDE = 512            # larger textures are box-filtered down to this: at 128 px the rest would only alias
 GREY = (0.5, 0.5, 0.5)         # a face without a material, or a material without a Kd (as in PyTorch3D)
 
@@ -89,7 +90,7 @@ def load_obj(path):
     # Two entries a material, its texture and its plain Kd: a face without texture
     # coordinates takes the second
     names = sorted(set(material_names), key=lambda name: name or "")
-    textures, opened, texels = [], {}, 0
+    textures, opened, texels, left = [], {}, 0, MAX_DECODED
     for name in names:
         if name is not None and name not in materials:
             note(notes, f"material {short(name)} is in no material file: grey")
@@ -100,7 +101,8 @@ def load_obj(path):
             if texels >= MAX_TEXELS:
                 note(notes, "more textures than fit into 200 MB: their Kd instead")
             else:
-                opened[texture] = read_texture(texture, path.parent, folder, notes)
+                opened[texture], pixels = read_texture(texture, path.parent, folder, notes, left)
+                left -= pixels
             texels += 0 if opened[texture] is None else opened[texture].size // 3
         image = opened[texture] if texture else None
         textures += [plain if image is None else image, plain]
@@ -332,22 +334,25 @@ def listing(folder, changed):
     return {plain(entry.name): entry for entry in sorted(folder.iterdir(), reverse=True)}
 
 
-def read_texture(name, beside, folder, notes):
-    """-> (H,W,3) uint8, or None with a note: the material's Kd stands in."""
+def read_texture(name, beside, folder, notes, left=MAX_DECODED):
+    """-> (H,W,3) uint8, or None with a note: the material's Kd stands in; and how many pixels were decoded, of
+    the `left` ones that may be"""
     file = find(name, beside, folder, notes)
     if file is None:
         note(notes, f"texture {short(name)} is missing: its Kd instead")
-        return None
+        return None, 0
     try:
         with Image.open(file, formats=["PNG", "JPEG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
+            pixels = image.width * image.height
+            if pixels > min(MAX_PIXELS, left):
                 size = f"{image.width} x {image.height}"
-                note(notes, f"texture {short(name)} is {size}: too large, its Kd instead")
-                return None
+                why = "too large" if pixels > MAX_PIXELS else "with the others more than is decoded"
+                note(notes, f"texture {short(name)} is {size}: {why}, its Kd instead")
+                return None, 0
             image = as_8bit(image, "RGBA" if "transparency" in image.info else "RGB").convert("RGB")
             if max(image.size) > MAX_SIDE:
                 image = image.reduce(-(-max(image.size) // MAX_SIDE))
-            return np.array(image)
+            return np.array(image), pixels
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         note(notes, f"texture {short(name)} is broken ({type(error).__name__}): its Kd instead")
-        return None
+        return None, 0

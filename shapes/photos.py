@@ -11,7 +11,7 @@ Other people's data is never quite as announced: each reader checks what it read
 which file is wrong, and how.  Photos in another layout are brought into this one by shapes/convert.py:
 
 run  python -m shapes.photos convert SRC DST
-read write_view, load_photos, read_pose, check_views, Photos, atomic_folder.
+read write_view, load_photos, read_pose, check_views, atomic_folder.
 """
 import functools
 import json
@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from common import UserError, atomic_file, command, plain
@@ -114,7 +113,16 @@ def load_photos(folder, size, objects=0):
     -> photos (B,V,H,W,3) uint8 on white, masks (B,V,H,W) uint8 or None, poses (B,V,4,4) float32
     camera_to_world, intrinsics (B,3,3) float32, names.
 
-    Photos are decoded by threads; what is wrong with the data is a UserError that names the file."""
+    What is wrong with the data is a UserError that names the file."""
+    found = objects_in(folder, size, objects)
+    photos, masks, poses, intrinsics, _ = zip(*load_objects(found, size))
+    masks = None if any(mask is None for mask in masks) else torch.from_numpy(np.stack(masks))
+    return (torch.from_numpy(np.stack(photos)), masks, torch.from_numpy(np.stack(poses)),
+            torch.from_numpy(np.stack(intrinsics)), [entry.name for entry in found])
+
+
+def objects_in(folder, size, objects=0):
+    """The folders of the first `objects` objects, or of all"""
     folder = Path(folder)
     if size < 1:
         raise UserError(f"photos at {size} pixels a side: at least 1 is wanted")
@@ -128,17 +136,22 @@ def load_photos(folder, size, objects=0):
     if not found:
         raise UserError(f"{folder} holds no photos: <object>/rgb/*.png, <object>/pose/*.txt and "
                         "<object>/intrinsics.txt wanted")
+    return found
+
+
+def load_objects(found, size):
+    """load_object of each, one after the other; threads decode a few ahead"""
+    first = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = list(pool.map(lambda entry: load_object(entry, size), found))
-    photos, masks, poses, intrinsics, sides = zip(*loaded)
-    for entry, count, side in zip(found, map(len, photos), sides):
-        if (count, side) != (len(photos[0]), sides[0]):
-            raise UserError(f"{entry} has {count} photos of {side} x {side} and {found[0]} has "
-                            f"{len(photos[0])} of {sides[0]} x {sides[0]}: "
-                            "every object needs as many, and as large, as the others")
-    masks = None if any(mask is None for mask in masks) else torch.from_numpy(np.stack(masks))
-    return (torch.from_numpy(np.stack(photos)), masks, torch.from_numpy(np.stack(poses)),
-            torch.from_numpy(np.stack(intrinsics)), [entry.name for entry in found])
+        for some in (found[k:k + 16] for k in range(0, len(found), 16)):
+            for entry, loaded in zip(some, pool.map(lambda entry: load_object(entry, size), some)):
+                count, side = len(loaded[0]), loaded[4]
+                first = first or (count, side)
+                if (count, side) != first:
+                    raise UserError(f"{entry} has {count} photos of {side} x {side} and {found[0]} has "
+                                    f"{first[0]} of {first[1]} x {first[1]}: "
+                                    "every object needs as many, and as large, as the others")
+                yield loaded
 
 
 def holds_photos(entry):
@@ -337,70 +350,7 @@ def resize(image, size):
     return image if image.width == size else image.resize((size, size), Image.Resampling.BOX)
 
 
-# -------------------------------------------------------------------------------------------------- in memory
-
-class Photos:
-    """Photos of objects, in memory as bytes; and for each, which pixels are on or near the object."""
-
-    def __init__(self, rgb, mask, pose, intrinsics, names):
-        self.rgb, self.pose, self.intrinsics, self.names = rgb, pose, intrinsics, names
-        size = self.size = rgb.shape[2]
-        self.has_masks = mask is not None
-        self.mask = mask if self.has_masks else (self.rgb < 255).any(-1).byte() * 255
-        flat = self.mask.flatten(0, 1)[:, None].float()                            # (BV,1,H,W)
-        near = F.max_pool2d(flat, 5, 1, 2).view(*self.mask.shape[:2], -1) > 0      # (B,V,HW)
-        pixels = near.flatten().nonzero()[:, 0] % size ** 2                        # photo after photo
-        self.near = F.pad(pixels, (0, 1))                                          # one more: never empty
-        self.near_count = near.sum(-1)                                             # (B,V)
-        self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
-
-    def pixel_near(self, o, view, u):
-        """u in [0, 1) -> in photo `view` of object o, the pixel at share u of those near the object; and
-        whether there are any"""
-        count = self.near_count[o, view]
-        place = self.near_start[o, view] + (u * count).long()
-        return self.near[place], count > 0
-
-    def palettes(self, views):
-        """Mean (N,3) and covariance (N,3,3) of each object's colours, over these views"""
-        means, covariances = [], []
-        for rgb, mask in zip(self.rgb, self.mask):
-            colours = rgb[views][mask[views] == 255].float() / 255
-            colours = colours if len(colours) else torch.ones(1, 3)                # nothing to be seen
-            means.append(colours.mean(0))
-            # A little variance in all directions: an object of one colour must not be divided by zero
-            apart = colours - colours.mean(0)
-            covariances.append(apart.T @ apart / len(apart) + 1e-3 * torch.eye(3))
-        return torch.stack(means), torch.stack(covariances)
-
-    def extents(self, views, cells=64):
-        """(N,3): the sides of each object's bounding box, by its visual hull: the cells of a grid that lie
-        inside its silhouette in all of these views"""
-        centre = (torch.arange(cells) + 0.5) / cells - 0.5
-        z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
-        points, sides, last = torch.stack([x, y, z], -1).view(-1, 3), [], self.size - 1
-        for o, mask in enumerate(self.mask):
-            hull = points
-            for v in views.tolist():
-                camera = self.pose[o, v]
-                seen = (hull - camera[:3, 3]) @ camera[:3, :3] @ self.intrinsics[o].T
-                column, row = (seen[:, :2] / seen[:, 2:]).floor().long().unbind(1)
-                framed = (column >= 0) & (row >= 0) & (column <= last) & (row <= last)
-                hull = hull[framed & (mask[v, row.clamp(0, last), column.clamp(0, last)] > 63)]
-            box = hull.amax(0) - hull.amin(0) + 1 / cells if len(hull) else torch.ones(3)
-            sides.append(box)
-        return torch.stack(sides)
-
-
-def read_photos(folder, size, objects=0):
-    """The first `objects` of a folder, or all; what they show is checked too"""
-    photos, masks, poses, intrinsics, names = load_photos(folder, size, objects)
-    for o, name in enumerate(names):
-        mask = None if masks is None else masks[o].numpy()
-        check_views(photos[o].numpy(), mask, poses[o].numpy(), intrinsics[o].numpy(),
-                    pictures_of(Path(folder, name)))
-    return Photos(photos, masks, poses, intrinsics, names)
-
+# ------------------------------------------------------------------------------------------- what they show
 
 def factors_of(folder, names):
     """What the catalogue says of each of our earphones, by its factors.json; where that is absent, as with

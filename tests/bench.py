@@ -8,12 +8,17 @@ numbers worse, never better.
                                     is trained for it first, on one object of data/earphones_train
     python tests/bench.py --pytorch3d [picture.png]     ours and PyTorch3D in turns, where it is installed:
                                     the golden headphone, and a volume of 64^3, forward and backward
+    python tests/bench.py --many    stage 1 on 256 and on 4,096 objects: start, step, peak memory
     python tests/bench.py --export [runs/autodecoder]   meshes: time, distance from the truth; and what
                                     the page's bytes lose, in dB
 
 Times are the best of many (milliseconds): the machine's noise only ever adds.
 """
+import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +32,7 @@ import autodecoder
 import render_shapenet as stage
 from common import camera_to_world_at, grid, intrinsics_at, save_picture, to_bytes
 from shapes.meshes import Mesh, load_obj
-from shapes.photos import read_photos
+from shapes.packed import read_photos
 from viewer import page
 from viewer.isosurface import mesh_of
 from volume_render import camera_rays, headphones, occupancy, render, voxel_field
@@ -234,11 +239,39 @@ def main():
         report(mesh, 1, best(lambda: stage.rasterize(mesh, pose, K, 128), times))
     if "--render" in sys.argv:
         render_rows()
+    if "--many" in sys.argv:
+        many_rows()
     if "--data" in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             stage.main(["--out", folder])
             print(f"python render_shapenet.py, all of it          {time.perf_counter() - began:7.1f} s")
+
+
+def many_rows(steps=200):
+    """Stage 1 on 256 and on 4,096 objects: the 72, linked again and again under other names"""
+    sources = sorted(Path("data/earphones_train").glob("train_*"))
+    with tempfile.TemporaryDirectory(dir="data") as folder:
+        for count in (256, 4096):
+            data, out = Path(folder, f"data_{count}"), Path(folder, f"run_{count}")
+            for k in range(count):
+                shutil.copytree(sources[k % len(sources)], data / f"copy_{k:05d}", copy_function=os.link)
+            began = time.perf_counter()
+            photos = read_photos(data, 64)
+            packed = time.perf_counter()
+            photos.measured(torch.arange(photos.rgb.shape[1] - 8))
+            measured = time.perf_counter()
+            flags = dict(data=data, out=out, steps=steps, dense_steps=20, preview_every=steps,
+                         save_every=steps)
+            command = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+            said = subprocess.run([sys.executable, "autodecoder.py", *command], capture_output=True,
+                                  text=True, check=True).stdout
+            rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            at = {row["step"]: row["seconds"] for row in rows if "loss" in row}
+            step = (at[steps] - at[60]) / (steps - 60)
+            print(f"{count} objects: packed in {packed - began:.0f} s, measured in "
+                  f"{measured - packed:.0f} s, once; 20 steps after {at[20]:.1f} s; {step * 1e3:.1f} ms a step;"
+                  f"{said.split(';')[-1].rstrip()}")
 
 
 if __name__ == "__main__":

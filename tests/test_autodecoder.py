@@ -18,7 +18,7 @@ import common
 import volume_render
 from common import UserError
 from conftest import SMOKE, train
-from shapes.photos import read_photos
+from shapes.packed import Photos, read_photos
 
 ROOT = Path(__file__).parent.parent
 # ---- the model ----
@@ -88,7 +88,8 @@ def test_recoloured_photos_have_the_other_palette(data):
     """Rays of object 0 in the colours of 1: the same opacity and background, and 1's mean and covariance."""
     photos = read_photos(data / "earphones_train", 32)
     views = torch.arange(4)
-    means, covariances = palettes = photos.palettes(views)
+    palettes, extents = photos.measured(views)
+    means, covariances = palettes
     A, b = stage.recolouring(palettes, torch.tensor([0, 2]), torch.tensor([1, 2]))
     assert (A[1] - torch.eye(3)).abs().max() < 1e-3 and b[1].abs().max() < 1e-3       # its own: unchanged
     solid = photos.mask[0, views] == 255
@@ -100,7 +101,7 @@ def test_recoloured_photos_have_the_other_palette(data):
     config = replace(stage.Config(), rays=4000, batch_objects=3, recolour=1.0, batch_views=4)
     objects, *batch = stage.draw_batch(photos, config, views, torch.Generator().manual_seed(0))
     config.stretched = 0.0
-    arguments = objects, batch, palettes, photos.extents(views), config
+    arguments = objects, batch, palettes, extents, config
     whose, stretch, new = stage.photos_nobody_took(*arguments, 1.0, torch.Generator().manual_seed(3))
     assert not torch.equal(whose, objects) and (stretch == 0).all()
     last = stage.photos_nobody_took(*arguments, 0.0, torch.Generator().manual_seed(3))
@@ -136,7 +137,8 @@ def test_stretched_rays_see_the_stretched_object():
 
 def test_extents_are_the_bounding_boxes(data):
     photos = read_photos(data / "earphones_train", 32)
-    assert (photos.extents(torch.arange(6)).norm(dim=1) - 1).abs().max() < 0.15       # all have diagonal 1
+    sides = photos.measured(torch.arange(6))[1]
+    assert (sides.norm(dim=1) - 1).abs().max() < 0.15                                  # all have diagonal 1
 
 
 def test_a_code_is_shape_and_colours_and_stretch():
@@ -251,7 +253,8 @@ def test_fit_recovers_a_known_code(data):
     model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
     model.shapes *= 30                              # an untrained decoder, driven hard, makes coloured clouds
     model.colours *= 30
-    photos = read_photos(data / "earphones_train", 32, 1)
+    real = read_photos(data / "earphones_train", 32, 1)
+    photos = Photos(real.rgb.clone(), real.mask.clone(), real.pose, real.intrinsics, real.names)
     volume = model.to_volume(model.to_latent((0.2 * model.codes[0] + 0.8 * model.codes[1])[None]))
     for v in range(6):
         rgb, alpha, _ = volume_render.render_view(model, volume, photos.pose[0, v], photos.intrinsics[0], 32)

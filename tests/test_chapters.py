@@ -13,7 +13,7 @@ import volume_render
 from autodecoder import descend, load_autodecoder
 from chapters import few_views, find_camera, hybrid, unet
 from common import UserError
-from shapes.photos import read_photos
+from shapes.packed import read_photos
 from test_diffusion import Linear
 
 # ---- hybrid ----
@@ -245,6 +245,11 @@ def test_the_u_net_begins_linear_and_sees_the_level(options, shape):
     assert (a[1] - b[1]).abs().max() > 1e-4                                  # level is used
     a.sum().backward()
     assert all(p.grad is not None for p in denoiser.network.parameters())
+
+
+def test_more_levels_than_halvings_are_one_sentence():
+    with pytest.raises(UserError, match="5 levels halve a latent of 8 cells a side too often"):
+        unet.LatentDenoiser(replace(unet.Config(), levels=(8,) * 5), Linear(3, shape=(4, 8, 8, 8)))
 
 
 def test_the_u_net_trains_and_writes_its_samples(trained, tmp_path, capsys):

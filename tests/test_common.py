@@ -1,4 +1,5 @@
 """Configuration, safe writing and pictures."""
+import copy
 import math
 import os
 import re
@@ -301,10 +302,34 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
         (tmp_path / "log.jsonl").symlink_to("/dev/full")
         with pytest.raises(UserError, match="cannot write the log: .*No space"):
             run.log(1, 2)
+        (tmp_path / "log.jsonl").unlink()
+    special(tmp_path / "log.jsonl", "pipe")                              # it would block for ever
+    with pytest.raises(UserError, match="cannot write the log: .*is a pipe"):
+        run.log(1, 2)
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="cannot write the log: .*No such"):
         run.log(1, 2)
     run.lock.close()
+
+
+def test_an_optimizers_state_must_be_its_own():
+    begin = lambda: torch.optim.Adam([torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))])
+    optimizer = begin()
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    good = optimizer.state_dict()
+    common.fill_optimizer(begin(), good, "run")
+    def changed(change):
+        state = copy.deepcopy(good)
+        change(state)
+        return state
+    for wrong in ({}, {"state": {}, "param_groups": []}, {"state": [], "param_groups": "x"},
+                  changed(lambda s: s["param_groups"][0].pop("params")),
+                  changed(lambda s: s["state"][0].update(exp_avg=torch.zeros(3, 2))),
+                  changed(lambda s: s["state"].update({0: 7}))):
+        with pytest.raises(UserError, match="run/last.pt holds the state of another optimizer"):
+            common.fill_optimizer(begin(), wrong, "run")
 
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(tmp_path, monkeypatch, capsys):
@@ -315,6 +340,7 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(tmp_path, 
     run = begin()
     run.save({"step": 1})
     run.save({"step": 2})
+    run.written()
     run.lock.close()
     (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
     run = begin()
@@ -323,8 +349,9 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(tmp_path, 
     def full(file, state):
         raise UserError("the disk is full")
     monkeypatch.setattr(common, "save_checkpoint", full)
-    with pytest.raises(UserError):
-        run.save({"step": 2})
+    with pytest.raises(UserError, match="the disk is full"):
+        run.save({"step": 2})                               # a thread writes, so the mistake shows later
+        run.written()
     assert common.load_checkpoint(tmp_path / "previous.pt")["step"] == 1
     run.lock.close()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import common
-from chapters import analytic, autoregressive, families, gan3d, gaudi
+from chapters import analytic, autoregressive, families, gan3d, gaudi, lift
 from common import UserError
 from lab import evaluate
 
@@ -176,3 +176,52 @@ def test_samples_of_another_autodecoder_are_refused(trained, tmp_path):
     common.save_checkpoint(tmp_path / "latents.pt", {"latents": latents, "autodecoder": fingerprint(model)})
     with pytest.raises(UserError, match="does not say what its samples cost"):
         families.read_samples(tmp_path, model)
+
+
+# ---- lift ----
+
+def test_a_point_takes_the_features_of_its_pixel():
+    """Features that are the pixel's own place: a point then sees where it is projected to."""
+    size, generator = 16, torch.Generator().manual_seed(0)
+    pose = torch.stack([common.camera_to_world_at(a, e, 1.3) for a, e in ((20, 10), (200, -30))]).float()[None]
+    K = common.intrinsics_at(size).float()
+    centre = (torch.arange(size) + 0.5) / size
+    v, u = torch.meshgrid(centre, centre, indexing="ij")
+    features = torch.stack([u, v]).expand(1, 2, 2, size, size)
+    points = torch.rand(20, 3, generator=generator) * 0.4 - 0.2
+    scaled = K.clone()
+    scaled[:2] /= size
+    seen, where = lift.unproject(features, pose, scaled[None], points)
+    for k, camera in enumerate(pose[0]):
+        local = torch.linalg.solve(camera, torch.cat([points, torch.ones(20, 1)], 1).T)[:3]
+        pixel = K @ (local / local[2]) / size
+        assert torch.allclose(seen[0, k], pixel[:2], atol=1e-5)
+        assert torch.allclose(where[0, k, 3], local.norm(dim=0), atol=1e-5)
+        assert torch.allclose(where[0, k, :3] * where[0, k, 3], points.T - camera[:3, 3:], atol=1e-5)
+
+
+def test_the_order_of_views_does_not_matter():
+    torch.manual_seed(0)
+    network = lift.Lift(SimpleNamespace(width=8, blocks=1), 4, 4)
+    photos, poses = torch.rand(1, 3, 16, 16, 3), torch.stack(
+        [common.camera_to_world_at(a, 20, 1.3) for a in (0, 100, 220)]).float()[None]
+    K = torch.tensor([[[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]])
+    first, turned = network(photos, poses, K), network(photos[:, [2, 0, 1]], poses[:, [2, 0, 1]], K)
+    assert first.shape == (1, 4, 4, 4, 4) and torch.allclose(first, turned, atol=1e-5)
+    assert (network(photos[:, :2], poses[:, :2], K) - first).abs().max() > 1e-4
+
+
+def test_photos_are_lifted(trained, data, tmp_path, capsys):
+    flags = ["--preset", "smoke", "--autodecoder", str(trained), "--data", str(data / "earphones_train"),
+             "--unseen", str(data / "earphones_test"), "--device", "cpu", "--out", str(tmp_path / "run")]
+    lift.main(flags)
+    text = (tmp_path / "run/lift.txt").read_text()
+    assert all(name in text for name in ("lifted, then 100 steps", "fit_codes", "2 photos"))
+    assert (tmp_path / "run/lift_1.png").exists() and (tmp_path / "run/lift_2.png").exists()
+    weights = common.load_checkpoint(tmp_path / "run/last.pt")["network"]
+    lift.main([*flags, "--fit_steps", "0"])                                    # trained already: it only measures
+    assert "going on from step 4" in capsys.readouterr().out
+    again = common.load_checkpoint(tmp_path / "run/last.pt")["network"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    with pytest.raises(UserError, match="--given 6: .* has 6 photos"):
+        lift.main([*flags, "--given", "6", "--out", str(tmp_path / "more")])

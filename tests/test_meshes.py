@@ -326,6 +326,12 @@ def test_textures_stop_at_what_memory_holds(tmp_path, monkeypatch):
     mesh = load_obj(tmp_path / "a.obj")
     assert "more textures than fit into 200 MB: their Kd instead (2 times)" in mesh.notes
     assert mesh.textured[mesh.material].tolist() == [True, True, False, False]
+    # Decoding takes time, even of those that are made small afterwards
+    monkeypatch.setattr(meshes, "MAX_TEXELS", 10 ** 6)
+    monkeypatch.setattr(meshes, "MAX_DECODED", 350)
+    mesh = load_obj(tmp_path / "a.obj")
+    assert "texture 't3.png' is 10 x 10: with the others more than is decoded, its Kd instead" in mesh.notes
+    assert mesh.textured[mesh.material].tolist() == [True, True, True, False]
 
 
 def test_material_files_stop_at_what_the_limits_promise(tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ import render_shapenet
 from common import UserError, camera_to_world_at
 from shapes import convert
 from shapes.meshes import load_obj
-from shapes.photos import kinds_of, load_photos, read_photos, write_transforms
+from shapes.packed import read_photos
+from shapes.photos import kinds_of, load_photos, write_transforms
 from shapes.rasterizer import rasterize, to_world
 
 ROOT = Path(__file__).parent.parent

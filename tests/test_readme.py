@@ -37,6 +37,7 @@ SMALL = {                                      # what makes each small; of a fla
     "chapters.gaudi": STAGE + "--preview_every 4 --save_every 4 ",
     "chapters.gan3d": "--preset smoke --device cpu ",
     "chapters.autoregressive": "--preset smoke --device cpu ",
+    "chapters.lift": "--preset smoke --device cpu ",
     "chapters.families": "--device cpu ",
     "chapters.unet": STAGE + "--preview_every 4 --save_every 4 --levels 8 8 --count 2 "}
 OWN = "--objects 4 --test_objects 3 "          # of the procedural set, not of ShapeNet's

@@ -89,7 +89,8 @@ def test_opacity_stays_within_0_and_1():
     generator = torch.Generator().manual_seed(1)
     volume = torch.randn(2, 4, 8, 8, 8, generator=generator) * 300
     origins, directions = (t.expand(2, -1, -1) for t in camera())
-    rgb, alpha, _ = v.render(volume, origins, directions, 32, generator=generator)
+    place = torch.rand(*origins.shape[:2], 32, generator=generator)
+    rgb, alpha, _ = v.render(volume, origins, directions, 32, place=place)
     assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6 and alpha.max() > 0.99
     assert rgb.min() >= 0 and rgb.max() <= 1 + 1e-6
 
@@ -153,8 +154,9 @@ def test_skipping_empty_space_changes_nothing(samples, generator):
     origins, directions = (torch.cat([a, b, a]) for a, b in zip(camera(24), camera(24, 200, -30)))
     results = []
     for occupied in (None, v.occupancy(volumes)):
-        g = torch.Generator().manual_seed(generator) if generator else None
-        rgb, alpha, depth = v.render(volumes, origins, directions, samples, generator=g, occupied=occupied)
+        g = torch.Generator().manual_seed(generator or 0)
+        place = torch.rand(*origins.shape[:2], samples, generator=g) if generator else None
+        rgb, alpha, depth = v.render(volumes, origins, directions, samples, place=place, occupied=occupied)
         results.append((rgb, alpha, torch.autograd.grad((rgb * rgb).sum() + alpha.sum(), volumes)[0]))
     (rgb, alpha, gradient), (rgb2, alpha2, gradient2) = results
     assert (rgb - rgb2).square().mean() < 1e-6 and (alpha - alpha2).abs().max() < 0.01           # 60 dB
