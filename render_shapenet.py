@@ -7,11 +7,12 @@ A photo shows the mesh under ambient light alone: each pixel has the colour of t
 paper's renderer, PyTorch3D, has cameras of its own kind.  Other code for photos (COLMAP, the SRN data, ours)
 uses OpenCV's.  So cameras are drawn here as PyTorch3D writes them, and converted at once.
 
-in   nothing (procedural earphones, shapes/earphones.py), or --shapenet DIR, a copy of ShapeNetCore v1 or v2
+in   nothing (procedural models, shapes/earphones.py), or --shapenet DIR, a copy of ShapeNetCore v1 or v2
 out  data/earphones_train/<object>/{rgb,mask}/000000.png, pose/000000.txt, intrinsics.txt
      data/earphones_test/...            objects that no training sees
      data/earphones_train.png           a picture of all objects
 run  python render_shapenet.py               two CPU cores: 36 s, 144 models and 5,472 photos
+     python render_shapenet.py --category chairs mugs            other kinds of objects, in one folder
      python render_shapenet.py --shapenet ~/ShapeNetCore.v2 --synset 03001627 --holdout 100
 read Config, look_at, opencv_from_pytorch3d, photograph.  Then render_object, render_all and main show how a
      run over thousands of models survives broken ones, kill -9 and a full disk.
@@ -35,21 +36,22 @@ import torch
 
 from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
                     save_picture)
-from shapes import earphones
+from shapes import earphones, household
 from shapes.meshes import load_obj
-from shapes.photos import (atomic_folder, load_photos, numbers, visible, write_intrinsics, write_transforms,
-                           write_view)
+from shapes.photos import (atomic_folder, load_objects, numbers, objects_in, visible, write_intrinsics,
+                           write_transforms, write_view)
 from shapes.rasterizer import pytorch3d, rasterize, to_world
 
 
 @dataclass
 class Config:
     out: str = "data"              # folder for the photos
-    shapenet: str = ""             # ShapeNetCore's root, release or synset folder; empty: our own earphones
+    category: tuple = ("earphones",)  # earphones | chairs | tables | lamps | mugs: what is made; or several
+    shapenet: str = ""             # ShapeNetCore's root, release or synset folder; empty: our own models
     synset: str = "03261776"       # ShapeNet's category: 03261776 earphones, 03001627 chairs, 02958343 cars
     holdout: int = 0               # ShapeNet models that go to _test, which no training sees
-    objects: int = 72              # procedural earphones to train on (at least 1)
-    test_objects: int = 72         # procedural earphones to report on; half are combinations not trained on
+    objects: int = 72              # procedural objects of each category to train on (at least 1)
+    test_objects: int = 72         # and to report on; half of them are combinations not trained on
     views: int = 30                # photos of an object to train on (at least 1)
     holdout_views: int = 8         # more photos of an object, to measure by; they are the last in its folder
     size: int = 128                # pixels along a side (at least 1)
@@ -158,12 +160,28 @@ class NothingSeen(Exception):
 def procedural_jobs(config):
     """-> [(split, name, path of the .obj)]: one job for each object"""
     # The models lie where ShapeNetCore v2 would have them, so that the same code reads both
-    jobs, folder = [], Path(config.out, "procedural/03261776")
-    for split, count in (("train", config.objects), ("test", config.test_objects)):
-        for index in range(count):
-            name = earphones.name(split, index)
-            jobs.append((split, name, folder / name / "models/model_normalized.obj"))
+    jobs = []
+    for category in config.category:
+        folder = Path(config.out, models_folder(category), "03261776" if category == "earphones" else "")
+        for split, count in (("train", config.objects), ("test", config.test_objects)):
+            for index in range(count):
+                name = earphones.name(split, index)
+                name = name if category == "earphones" else f"{category}_{name}"
+                jobs.append((split, name, folder / name / "models/model_normalized.obj"))
     return jobs
+
+
+def models_folder(category):
+    return "procedural" if category == "earphones" else f"procedural_{category}"
+
+
+def procedural_model(split, name, config):
+    """-> an object's factors, and the function that writes its model into a folder"""
+    *category, _, index = name.split("_")                     # chairs_train_00000; earphones are train_00000
+    if category:
+        return household.draw_factors(category[0], split, int(index), config.seed), household.write_model
+    factors = earphones.draw_factors(split, int(index), config.seed) | {"thin": config.thin}
+    return factors, lambda folder, factors: earphones.write_model(folder, factors, config.thin)
 
 
 def shapenet_jobs(config):
@@ -226,11 +244,11 @@ def render_object(job, folder, config, device):
     # A procedural model is made first.  Its factors (kind, colours, proportions, ...) are kept beside it.  If
     # they are still the same, so is the model; after --thin, for example, it is made again
     if not config.shapenet:
-        factors = earphones.draw_factors(split, int(name.split("_")[-1]), config.seed) | {"thin": config.thin}
+        factors, write = procedural_model(split, name, config)
         file = model / "factors.json"
         if not file.is_file() or file.read_text(errors="replace") != json.dumps(factors, indent=1) + "\n":
             with atomic_folder(model) as temporary:
-                earphones.write_model(temporary, factors, config.thin)
+                write(temporary, factors)
 
     # ShapeNet has broken files.  One of them must not stop thousands of others: its error is returned
     try:
@@ -291,9 +309,12 @@ def contact_sheet(folder, path, most=72):
     """One photo of each object, as a picture at `path`"""
     # The photo whose camera stands nearest to the usual view of a product: from the front (-Y), turned to one
     # side, a little from above.  12 pixels of white margin are cut off on each side
-    photos, _, poses, _, _ = load_photos(folder, 128, most)
-    nearest = (poses[:, :, :3, 3] @ torch.tensor([0.55, -0.75, 0.4])).argmax(1)
-    save_picture(path, grid(photos[torch.arange(len(photos)), nearest][:, 12:-12, 12:-12], columns=12))
+    found = objects_in(folder, 128)
+    chosen = [found[k] for k in np.linspace(0, len(found) - 1, min(len(found), most)).round().astype(int)]
+    sheet = []
+    for photos, _, poses, _, _ in load_objects(chosen, 128):
+        sheet.append(photos[(poses[:, :3, 3] @ np.array([0.55, -0.75, 0.4])).argmax()][12:-12, 12:-12])
+    save_picture(path, grid(np.stack(sheet), columns=12))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -303,6 +324,10 @@ def main(argv=None):
     config = parse_config(Config, argv=argv)
     if config.holdout and not config.shapenet:
         raise UserError("--holdout keeps ShapeNet's models aside: it goes with --shapenet")
+    if len(set(config.category)) < len(config.category):
+        raise UserError("--category: each once")
+    if config.shapenet and list(config.category) != ["earphones"]:
+        raise UserError("--category is of our own models: ShapeNet's categories are chosen by --synset")
     if not re.fullmatch(r"\d+", config.synset):
         raise UserError("--synset: digits alone, as 03261776")
     if config.renderer == "pytorch3d":
@@ -311,7 +336,7 @@ def main(argv=None):
 
     # What is to be made, and where.  Each category has folders of its own, so that several fit into one --out
     jobs, synset = shapenet_jobs(config) if config.shapenet else (procedural_jobs(config), "03261776")
-    category = CATEGORIES.get(synset, synset)
+    category = CATEGORIES.get(synset, synset) if config.shapenet else "-".join(config.category)
     splits = {split: f"{category}_{split}" for split in ("train", "test")}
     folders = [Path(config.out, splits[split], name) for split, name, _ in jobs]
     train = Path(config.out, splits["train"])
@@ -320,7 +345,7 @@ def main(argv=None):
     # so the recipe only says whether there is one.  `stale` names what --fresh deletes
     source = replace(config, shapenet="ShapeNet" if config.shapenet else "")
     run = Run(config.out, "render_shapenet", source, RECIPE, f"{category}.json",
-              stale=[*splits.values(), *([] if config.shapenet else ["procedural"])])
+              stale=[*splits.values(), *([] if config.shapenet else map(models_folder, config.category))])
 
     skipped, done = [], 0
     with run:

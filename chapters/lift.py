@@ -1,13 +1,13 @@
 """
 A chapter on stage 1: photos in, volume out, in one pass of a network.  No code is searched.
 
-    latent = K( mean and deviation over views of M( F(photo) at the point's pixel, where the camera is ) )
+    latent = K( mean and deviation over views of  M(F(photo) at the point's pixel, where the camera is) )
 
-Every point of a coarse grid is sent through each photo's camera, and takes the photo's features at the pixel
-where it is seen (pixelNeRF, 2021; "lift-splat"; NeuralField-LDM's scene encoder).  F is a small 2D network,
-M mixes what one view says of one point, and K, a 3D network, turns what all views say into stage 1's latent.
-G2 and the renderer stay as they are.  A point sees only its own ray, so it cannot know its depth from one
-photo.  K must guess that from its neighbours, and from what earphones look like.
+The middle of each of the latent's cells is sent through each photo's camera, and takes the photo's features
+at the pixel where it is seen (pixelNeRF, 2021; "lift-splat"; NeuralField-LDM's scene encoder).  F is a small 2D
+network, M mixes what one view says of one point, and K, a 3D network, turns what all views say into stage 1's
+latent.  G2 and the renderer stay as they are.  A point sees only its own ray, so it cannot know its depth from
+one photo.  K must guess that from its neighbours, and from what earphones look like.
 
 It learns from pairs of photos and latents.  Stage 1 can make as many as we like: decode recombined codes and
 render them.  A share of each batch are the real photos of the training objects.
@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import (BETAS, CLIP, Block, descend, fit_codes, learning_rate_share, load_autodecoder,
-                         plot_log)
+from autodecoder import (BETAS, CLIP, Block, descend, fast_precision, fit_codes, learning_rate_share,
+                         load_autodecoder, plot_log)
 from chapters.families import keep, resume, to_learn, with_box
 from chapters.few_views import OfLatents, decoder_of, pictures
 from common import Run, UserError, command, parse_config, pick_device, save_preview, save_text, to_bytes
@@ -41,13 +41,13 @@ class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
     out: str = "runs/lift"               # folder for the model, the log and the table
     objects: int = 24                    # of the unseen ones; 0: all
-    recombinations: int = 2048           # made objects to learn from (at least 1)
+    recombinations: int = 1024           # made objects to learn from (at least 1)
     rendered: int = 8                    # pictures of each made object (from 1 to 64)
     real: float = 0.25                   # share of a batch that are real photos (from 0 to 1)
     given: tuple = (1, 2, 8)             # photos given, when it is measured (from 1 to 64)
     width: int = 64                      # channels of all three networks (at least 4)
     blocks: int = 3                      # blocks of the 3D network (at least 1)
-    steps: int = 3000                    # gradient steps (at least 1)
+    steps: int = 2000                    # gradient steps (at least 1)
     batch: int = 16                      # objects in a step (at least 1)
     lr: float = 2e-3                     # learning rate, at its highest
     fit_steps: int = 400                 # of fit_codes, which is measured beside it; 0: it is not
@@ -83,14 +83,14 @@ class Lift(nn.Module):
     def __init__(self, config, channels, side):
         super().__init__()
         width = config.width
-        self.side = 2 * side                              # the grid of points is twice as fine as the latent
+        self.side = side                                 # a point in the middle of each of the latent's cells
         layer = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(1, b),
                                                    nn.SiLU())
-        self.look = nn.Sequential(layer(3, width // 2, 1), layer(width // 2, width, 2),
-                                  layer(width, width, 1), nn.Conv2d(width, width, 3, padding=1))
+        self.look = nn.Sequential(layer(3, width // 4, 1), layer(width // 4, width // 2, 2),
+                                  layer(width // 2, width, 2), nn.Conv2d(width, width, 3, padding=1))
         self.mix = nn.Sequential(nn.Conv1d(width + 4, width, 1), nn.SiLU(), nn.Conv1d(width, width, 1))
         # Three more channels say where in the cube a point is: a convolution alone would not know
-        self.enter = nn.Conv3d(2 * width + 3, width, 4, stride=2, padding=1)
+        self.enter = nn.Conv3d(2 * width + 3, width, 1)
         self.blocks = nn.Sequential(*[Block(width) for _ in range(config.blocks)])
         self.leave = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(),
                                    nn.Conv3d(width, channels, 3, padding=1))
@@ -179,7 +179,9 @@ def main(argv=None):
             seen = draw_views(*source, item, min(views, source[0].shape[1]), generator)
             seen = [some.to(device) for some in (*seen, K.expand(len(item), 3, 3))]
 
-            loss = (network(*seen) - target[item.to(device)]).square().mean()
+            with fast_precision(model.config, device):
+                guess = network(*seen).float()
+            loss = (guess - target[item.to(device)]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)

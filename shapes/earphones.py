@@ -364,7 +364,10 @@ BUILD = {"over-ear": headphones, "on-ear": headphones, "neckband": neckband, "bu
 def write_model(folder, factors, thin=False):
     """Into the folder: models/model_normalized.obj and .mtl, images/texture0.png ..., factors.json"""
     parts = BUILD[factors["kind"]](factors)
-    parts += cables(parts) if thin else []
+    write_files(folder, parts + (cables(parts) if thin else []), factors)
+
+
+def write_files(folder, parts, factors):
     images, rows = textures(parts)
     mtl = "".join("newmtl %s\nKd %.4f %.4f %.4f\nmap_Kd ../images/texture%d.png\n\n"
                   % (material, *image.mean((0, 1)), i) for i, (material, image) in enumerate(images.items()))

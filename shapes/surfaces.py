@@ -206,6 +206,7 @@ def triangles(points):
     Faces run counter-clockwise seen from outside.  Points at one place (a pole, where columns meet) become
     one vertex, so that the surface is closed."""
     cols = points.shape[1]
+    points = np.concatenate([points[:, :-1], points[:, :1]], 1)    # they meet; sin(2 pi) is not quite 0
     a = (np.arange(points.shape[0] - 1)[:, None] * cols + np.arange(cols - 1)).ravel()
     grid = np.stack([a, a + 1, a + cols + 1, a, a + cols + 1, a + cols], 1).reshape(-1, 3)
     rounded = points.reshape(-1, 3).round(5) + 0.                      # + 0. makes -0 a 0

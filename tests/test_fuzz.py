@@ -9,6 +9,7 @@ from PIL import Image
 import render_shapenet as stage
 from common import UserError, camera_to_world_at, intrinsics_at
 from shapes.meshes import load_obj
+from shapes.photos import load_photos
 
 OBJ = b"""mtllib m.mtl
 v -0.5 -0.5 0\nv 0.5 -0.5 0\nv 0.5 0.5 0\nv -0.5 0.5 0\nv 0 0 0.7
@@ -90,7 +91,7 @@ def test_cameras(tmp_path):
         camera = INTRINSICS if k % 2 else mutate(INTRINSICS, generator, (1,), 2)
         (folder / "intrinsics.txt").write_bytes(camera)
         try:
-            _, _, poses, intrinsics, _ = stage.load_photos(tmp_path / "data", 32)
+            _, _, poses, intrinsics, _ = load_photos(tmp_path / "data", 32)
             rotation = poses[0, 0, :3, :3]
             assert (rotation @ rotation.T - torch.eye(3)).abs().max() < 2e-3 and torch.det(rotation) > 0
             assert poses.isfinite().all() and intrinsics.isfinite().all() and intrinsics[0, 0, 0] > 0

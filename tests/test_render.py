@@ -21,7 +21,7 @@ from shapes import rasterizer
 import render_shapenet as stage
 from common import UserError, camera_to_world_at, intrinsics_at
 from shapes.meshes import Mesh, load_obj
-from shapes.photos import kinds_of
+from shapes.photos import kinds_of, load_photos
 
 HERE = Path(__file__).parent
 GOLDEN = ("golden_boxes", "golden_headphone", "golden_uv_sphere")
@@ -291,7 +291,7 @@ def test_reruns_are_byte_identical_and_resume_by_object(photos, tmp_path, capsys
     # An interruption leaves an object under its temporary name, which no reader takes for an object
     (tmp_path / "earphones_train/train_00001").rename(tmp_path / "earphones_train/.train_00001.tmp")
     (tmp_path / "earphones_train/.train_00001.tmp/rgb/000002.png").unlink()
-    assert stage.load_photos(tmp_path / "earphones_train", 32)[-1] == ["train_00000"]
+    assert load_photos(tmp_path / "earphones_train", 32)[-1] == ["train_00000"]
     stage.main(["--out", str(tmp_path), *TINY, "--transforms"])
     assert files_of(tmp_path) == whole
     assert "found 3 models: 2 were rendered already, 1 now, 0 skipped" in capsys.readouterr().out
@@ -308,7 +308,7 @@ def test_ctrl_c_stops_between_objects_and_the_same_command_goes_on(photos, tmp_p
     _, message = process.communicate(timeout=30)
     assert process.returncode == 1 and "Traceback" not in message
     assert "stopped by SIGINT" in message and "the same command goes on" in message
-    names = stage.load_photos(tmp_path / "earphones_train", 32)[-1]
+    names = load_photos(tmp_path / "earphones_train", 32)[-1]
     assert 2 <= len(names) < 400
     assert not list(tmp_path.rglob(".*.tmp"))
 
@@ -352,7 +352,7 @@ def test_transforms_for_photos_that_are_there(tmp_path):
 def test_fresh_starts_over(tmp_path):
     stage.main(["--out", str(tmp_path), *TINY, "--objects", "1"])
     stage.main(["--out", str(tmp_path), *TINY, "--objects", "1", "--views", "1", "--fresh"])
-    assert stage.load_photos(tmp_path / "earphones_train", 32)[0].shape[:2] == (1, 2)
+    assert load_photos(tmp_path / "earphones_train", 32)[0].shape[:2] == (1, 2)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -421,7 +421,7 @@ def shapenet(tmp_path):
 def test_shapenet_is_found_and_a_broken_model_skipped(shapenet, where, found, capsys):
     out = shapenet / "out"
     stage.main(["--out", str(out), "--shapenet", str(shapenet / where), "--holdout", "1", *TINY[4:]])
-    train, test = (stage.load_photos(out / f"earphones_{split}", 32)[-1] for split in ("train", "test"))
+    train, test = (load_photos(out / f"earphones_{split}", 32)[-1] for split in ("train", "test"))
     assert len(train) + len(test) == 4 and not set(train) & set(test)
     said = capsys.readouterr().out
     assert f"found {found} models" in said and f"{found - 4} skipped" in said
@@ -434,7 +434,7 @@ def test_a_model_that_no_camera_sees_is_skipped_every_time(shapenet, capsys):
     for _ in range(2):
         stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
         assert "1 skipped; " in (said := capsys.readouterr().out) and "no camera sees it" in said
-    assert len(stage.load_photos(shapenet / "out/earphones_train", 32)[-1]) == 4
+    assert len(load_photos(shapenet / "out/earphones_train", 32)[-1]) == 4
 
 
 def test_the_synset_is_read_off_its_own_folder(shapenet):
@@ -460,7 +460,7 @@ def test_names_that_cannot_be_printed_are_left_out(one, capsys):
     """A checkpoint would keep them for hours, and then no stage could show them."""
     os.rename(one / "train_00000", os.fsencode(one) + b"/caf\xe9")
     shutil.copytree(one / "train_00001", one / "x\x1b[31m\ny")
-    assert stage.load_photos(one, 32)[-1] == ["train_00001"]
+    assert load_photos(one, 32)[-1] == ["train_00001"]
     said = capsys.readouterr().out
     assert "caf\\udce9 has a name that cannot be printed" in said and "x\\x1b[31m\\ny has a name" in said
     (one / "train_00001/factors.json").write_text('{"kind": "\\ud800\\u001b[31m"}')
@@ -489,14 +489,14 @@ def test_a_folder_that_may_not_be_read_is_left_out(shapenet, photos, tmp_path, c
         for mode in (0, 0o400):                                # not to be entered; or to be listed, no more
             closed.chmod(mode)
             try:
-                names = stage.load_photos(tmp_path / "copy", 32)[-1]
+                names = load_photos(tmp_path / "copy", 32)[-1]
             finally:
                 closed.chmod(0o755)
             assert first.name not in names and f"{closed} cannot be read" in capsys.readouterr().out
     (tmp_path / "copy").chmod(0)
     try:
         with pytest.raises(UserError, match="cannot read .*copy"):
-            stage.load_photos(tmp_path / "copy", 32)
+            load_photos(tmp_path / "copy", 32)
     finally:
         (tmp_path / "copy").chmod(0o755)
 
@@ -518,13 +518,13 @@ def one(photos, tmp_path):
 
 
 def test_photos_come_back(photos):
-    images, masks, poses, intrinsics, names = stage.load_photos(photos / "earphones_train", 32)
+    images, masks, poses, intrinsics, names = load_photos(photos / "earphones_train", 32)
     assert images.shape == (2, 3, 32, 32, 3) and masks.shape == (2, 3, 32, 32)
     assert images.dtype == masks.dtype == torch.uint8
     assert poses.shape == (2, 3, 4, 4) and names == ["train_00000", "train_00001"]
     assert np.array_equal(images[1, 2], Image.open(photos / "earphones_train/train_00001/rgb/000002.png"))
     assert intrinsics[0].tolist() == [[32.8125, 0, 16], [0, 32.8125, 16], [0, 0, 1]]
-    small = stage.load_photos(photos / "earphones_train", 16)
+    small = load_photos(photos / "earphones_train", 16)
     assert small[3][0].tolist() == [[16.40625, 0, 8], [0, 16.40625, 8], [0, 0, 1]]
     boxes = images.view(2, 3, 16, 2, 16, 2, 3).float().mean((3, 5))
     assert (small[0] - boxes).abs().max() <= 1                                      # box-filtered, not picked
@@ -542,39 +542,39 @@ def test_foreign_photos(one):
         # Of another size than the photos
         (folder / "intrinsics.txt").write_text("131.25 64. 64. 0.\n0. 0. 0.\n1.\n128 128\n")
     (one / ".hidden").mkdir()
-    images, masks, poses, intrinsics, _ = stage.load_photos(one, 32)
+    images, masks, poses, intrinsics, _ = load_photos(one, 32)
     assert masks is None and intrinsics[0, 0, 0] == 32.8125
     assert torch.equal(poses[0, 0, 3], torch.tensor([0.0, 0, 0, 1]))
     for path in one.glob("*/rgb/*.png"):
         rgb = np.array(Image.open(path))
         Image.fromarray(np.dstack([rgb, np.full((32, 32), 51, np.uint8)])).save(path)
-    lighter, masks, *_ = stage.load_photos(one, 32)
+    lighter, masks, *_ = load_photos(one, 32)
     assert (masks == 51).all() and (lighter.float() - (204 + images * 0.2)).abs().max() <= 1
 
 
 def test_an_opaque_alpha_channel_is_no_mask(one):
-    before = stage.load_photos(one, 32)[0]
+    before = load_photos(one, 32)[0]
     for folder in one.iterdir():
         shutil.rmtree(folder / "mask")
         for path in (folder / "rgb").iterdir():
             Image.open(path).convert("RGBA").save(path)
-    images, masks, *_ = stage.load_photos(one, 32)
+    images, masks, *_ = load_photos(one, 32)
     assert masks is None and torch.equal(images, before)
 
 
 def test_16_bit_greys_keep_their_values(one):
-    before = stage.load_photos(one, 32)[1]
+    before = load_photos(one, 32)[1]
     for path in one.glob("*/mask/*.png"):
         grey = np.array(Image.open(path)).astype(np.uint16) * 257
         Image.fromarray(grey).save(path)
-    assert torch.equal(stage.load_photos(one, 32)[1], before)
+    assert torch.equal(load_photos(one, 32)[1], before)
 
 
 def test_a_pipe_in_place_of_a_file_is_refused(one):
     (one / "train_00001/pose/000001.txt").unlink()
     os.mkfifo(one / "train_00001/pose/000001.txt")
     with pytest.raises(UserError, match="no small text file"):
-        stage.load_photos(one, 32)
+        load_photos(one, 32)
 
 
 def spoil(path, content):
@@ -607,38 +607,38 @@ IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 {} 0 0 0 1"         # looks along +Z: to see t
 def test_bad_photos_are_one_sentence(one, file, content, message):
     spoil(one / "train_00001" / file, content)
     with pytest.raises(UserError, match=message) as error:
-        stage.load_photos(one, 32)
+        load_photos(one, 32)
     assert "train_00001" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_wrong_folders(one, tmp_path):
     with pytest.raises(UserError, match="Run: python render_shapenet.py|run: python render_shapenet.py"):
-        stage.load_photos(tmp_path / "gone", 32)
+        load_photos(tmp_path / "gone", 32)
     with pytest.raises(UserError, match="is a single object"):
-        stage.load_photos(one / "train_00000", 32)
+        load_photos(one / "train_00000", 32)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no photos"):
-        stage.load_photos(tmp_path / "empty", 32)
+        load_photos(tmp_path / "empty", 32)
     Image.new("RGB", (32, 16)).save(one / "train_00000/rgb/000000.png")
     with pytest.raises(UserError, match="32 x 16: square"):
-        stage.load_photos(one, 32)
+        load_photos(one, 32)
 
 
 def test_photos_of_several_sizes(one):
     Image.new("RGB", (48, 48)).save(one / "train_00000/rgb/000001.png")
     with pytest.raises(UserError, match="000001.png is 48 x 48.*32"):
-        stage.load_photos(one, 32)
+        load_photos(one, 32)
 
 
     for path in (one / "train_00000/rgb").iterdir():
         Image.new("RGB", (48, 48)).save(path)
     with pytest.raises(UserError,
                        match="train_00001 has 3 photos of 32 x 32 and .*train_00000 has 3 of 48 x 48"):
-        stage.load_photos(one, 32)
+        load_photos(one, 32)
 
 
 def test_unequal_numbers_of_photos(one):
     for sub, suffix in (("rgb", "png"), ("mask", "png"), ("pose", "txt")):
         (one / f"train_00000/{sub}/000002.{suffix}").unlink()
     with pytest.raises(UserError, match="has 3 photos .* has 2"):
-        stage.load_photos(one, 32)
+        load_photos(one, 32)
