@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import CLIP, learning_rate_share, load_autodecoder, plot_log, unfold_children
+from autodecoder import CLIP, fast_precision, learning_rate_share, load_autodecoder, plot_log, unfold_children
 from chapters.families import keep, resume, to_learn, with_box, write_samples
 from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of
@@ -45,8 +45,8 @@ class Config:
     width: int = 192                     # of the transformer (at least 8)
     layers: int = 4                      # of the transformer (at least 1)
     first_steps: int = 2000              # gradient steps of the codebook (at least 1)
-    steps: int = 3000                    # gradient steps of the transformer (at least 1)
-    batch: int = 64                      # latents in a step (at least 2)
+    steps: int = 2000                    # gradient steps of the transformer (at least 1)
+    batch: int = 32                      # latents in a step (at least 2)
     lr: float = 1e-3                     # learning rate of both, at its highest
     temperature: float = 1.0             # below 1: likelier tokens, less variety (from 0.01 to 10)
     count: int = 192                     # samples drawn at the end (at least 2)
@@ -175,7 +175,11 @@ def main(argv=None):
     total, tokens = config.first_steps + config.steps, None
     write = torch.no_grad()(lambda some: torch.cat([codebook.tokens(codebook.encoder(part))
                                                     for part in some.split(64)]))
-    bits = lambda some: F.cross_entropy(transformer(some).flatten(0, 1), some.flatten()) / math.log(2)
+    def bits(some):
+        """Of a token, on average: how badly the transformer guesses it from those before it"""
+        with fast_precision(model.config, device):
+            logits = transformer(some).float()
+        return F.cross_entropy(logits.flatten(0, 1), some.flatten()) / math.log(2)
     with run:
         while step < total:
             second = step >= config.first_steps
