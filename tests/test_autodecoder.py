@@ -328,6 +328,7 @@ class Config:
 run = Run({out!r}, "test", Config(), (), stale=())
 state = {{"step": 0, "x": torch.arange(200_000.)}}
 run.save(state)                                       # the first kill may come before the child's first
+run.written()
 while True:                                           # one warm parent; each child saves until it is killed
     line = sys.stdin.readline()
     if not line:
@@ -369,9 +370,11 @@ class Config:
     out: str = ""
 run = Run({out!r}, "test", Config(), (), stale=())
 run.save({{"step": 1, "x": torch.zeros(1000)}})
+run.written()
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 run.save({{"step": 2, "x": torch.zeros(100_000)}})
+run.written()                                         # a thread saves; what went wrong there is raised here
 """
 
 
