@@ -162,7 +162,7 @@ def procedural_jobs(config):
     # The models lie where ShapeNetCore v2 would have them, so that the same code reads both
     jobs = []
     for category in config.category:
-        folder = Path(config.out, models_folder(category), "03261776" if category == "earphones" else "")
+        folder = Path(config.out, models_folder(config), "03261776" if category == "earphones" else category)
         for split, count in (("train", config.objects), ("test", config.test_objects)):
             for index in range(count):
                 name = earphones.name(split, index)
@@ -171,8 +171,13 @@ def procedural_jobs(config):
     return jobs
 
 
-def models_folder(category):
-    return "procedural" if category == "earphones" else f"procedural_{category}"
+def set_name(config):
+    """Of a set of procedural objects.  ShapeNet's chairs may stand beside ours"""
+    return "earphones" if list(config.category) == ["earphones"] else f"our-{'-'.join(config.category)}"
+
+
+def models_folder(config):
+    return "procedural" if set_name(config) == "earphones" else f"procedural_{set_name(config)}"
 
 
 def procedural_model(split, name, config):
@@ -336,7 +341,7 @@ def main(argv=None):
 
     # What is to be made, and where.  Each category has folders of its own, so that several fit into one --out
     jobs, synset = shapenet_jobs(config) if config.shapenet else (procedural_jobs(config), "03261776")
-    category = CATEGORIES.get(synset, synset) if config.shapenet else "-".join(config.category)
+    category = CATEGORIES.get(synset, synset) if config.shapenet else set_name(config)
     splits = {split: f"{category}_{split}" for split in ("train", "test")}
     folders = [Path(config.out, splits[split], name) for split, name, _ in jobs]
     train = Path(config.out, splits["train"])
@@ -345,7 +350,7 @@ def main(argv=None):
     # so the recipe only says whether there is one.  `stale` names what --fresh deletes
     source = replace(config, shapenet="ShapeNet" if config.shapenet else "")
     run = Run(config.out, "render_shapenet", source, RECIPE, f"{category}.json",
-              stale=[*splits.values(), *([] if config.shapenet else map(models_folder, config.category))])
+              stale=[*splits.values(), *([] if config.shapenet else [models_folder(config)])])
 
     skipped, done = [], 0
     with run:

@@ -66,7 +66,7 @@ def test_several_categories_stand_in_one_folder(tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--objects", "2", "--test_objects", "1", "--views", "3",
              "--holdout_views", "1", "--size", "32", "--workers", "1", "--device", "cpu"]
     stage.main([*flags, "--category", "mugs", "earphones"])
-    folder = tmp_path / "mugs-earphones_train"
+    folder = tmp_path / "our-mugs-earphones_train"
     names = load_photos(folder, 32)[-1]
     assert names == ["mugs_train_00000", "mugs_train_00001", "train_00000", "train_00001"]
     assert kinds_of(folder, names)[:2] == ["mugs", "mugs"] and kinds_of(folder, names)[2] != "mugs"
@@ -74,11 +74,11 @@ def test_several_categories_stand_in_one_folder(tmp_path, capsys):
     assert folder.with_suffix(".png").exists()
     # Another category beside them; and again, from what is there
     stage.main([*flags, "--category", "chairs"])
-    before = (tmp_path / "chairs_train/chairs_train_00000/rgb/000000.png").read_bytes()
+    before = (tmp_path / "our-chairs_train/chairs_train_00000/rgb/000000.png").read_bytes()
     capsys.readouterr()
     stage.main([*flags, "--category", "chairs", "--fresh"])
     assert "3 now" in capsys.readouterr().out and Path(folder, names[0], "rgb").is_dir()
-    assert (tmp_path / "chairs_train/chairs_train_00000/rgb/000000.png").read_bytes() == before
+    assert (tmp_path / "our-chairs_train/chairs_train_00000/rgb/000000.png").read_bytes() == before
     for wrong, said in ((["mugs", "mugs"], "each once"), (["cups"], "chairs | tables")):
         with pytest.raises(UserError) as error:
             stage.main([*flags, "--category", *wrong])
