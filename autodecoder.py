@@ -16,7 +16,7 @@ alone.  It also makes object i wider or taller: it sends stretched rays through 
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
-run  python autodecoder.py                                       72 objects: 30.80 dB (row A5)
+run  python autodecoder.py                                       72 objects: 30.75 dB (row A6)
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB before stretches (row A3)
      python -m chapters.few_views --views 2                          new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
@@ -336,7 +336,6 @@ def learning_rate_share(step, steps, floor):
     # In the first 5 % Adam knows little of the gradients.  At the end small steps average out their noise
     cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
     return min(1.0, (step + 1) / (0.05 * steps)) * cosine
-
 
 def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     """A chapter may train a decoder of its own by this loop, with a Config that adds knobs to this one."""

@@ -461,7 +461,8 @@ class Run:
 
     def written(self):
         """Waits for the thread that saves, and raises here what went wrong there"""
-        self.writer and self.writer.join()
+        if self.writer:
+            self.writer.join()
         trouble, self.writer, self.trouble = self.trouble, None, None
         if trouble:
             raise trouble

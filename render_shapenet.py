@@ -11,7 +11,7 @@ in   nothing (procedural models, shapes/earphones.py), or --shapenet DIR, a copy
 out  data/earphones_train/<object>/{rgb,mask}/000000.png, pose/000000.txt, intrinsics.txt
      data/earphones_test/...            objects that no training sees
      data/earphones_train.png           a picture of all objects
-run  python render_shapenet.py               two CPU cores: 36 s, 144 models and 5,472 photos
+run  python render_shapenet.py               two CPU cores: 39 s, 144 models and 5,472 photos
      python render_shapenet.py --category chairs mugs            other kinds of objects, in one folder
      python render_shapenet.py --shapenet ~/ShapeNetCore.v2 --synset 03001627 --holdout 100
 read Config, look_at, opencv_from_pytorch3d, photograph.  Then render_object, render_all and main show how a

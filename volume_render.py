@@ -144,15 +144,14 @@ def render(volume, origins, directions, samples, field=voxel_field, place=None, 
     step = (far - near) / samples                                                       # (B,R)
     length = step * directions.norm(dim=-1)
 
-    # One sample in each bin: at its centre or, in training, at a random place between 0 and 1 in it.  The
-    # second is called stratified sampling.  It visits every depth, so no wall hides between samples
-
     # With `occupied` empty space is not looked up.  The picture then lacks only fog thinner than EMPTY
     if occupied is not None:
         bins = near, step, length
         return render_sparse(volume, origins, directions, bins, samples, place, field, occupied)
 
-    # The dense way: a point in every bin, its channels, their density and colour, the sum along the ray
+    # The dense way: a point in every bin, its channels, their density and colour, the sum along the ray.  A
+    # point is at its bin's centre or, in training, at a random place between 0 and 1 in it.  The second is
+    # called stratified sampling.  It visits every depth, so no wall hides between samples
     bins = torch.arange(samples, device=near.device) + (0.5 if place is None else place)
     t = near[..., None] + bins * step[..., None]                                        # (B,R,S)
     position = origins[..., None, :] + t[..., None] * directions[..., None, :]          # (B,R,S,3)

@@ -73,11 +73,17 @@ def draw_cell(split, index, seed, kind):
     return cells[deal.permutation(len(cells))[card]]
 
 
+def drawing(rng):
+    """-> functions that draw one of several options, and a colour near another"""
+    pick = lambda options: options[rng.integers(len(options))]
+    near = lambda rgb: np.clip(np.array(rgb) * rng.normal(1, .05) * rng.normal(1, .012, 3), .05, .9)
+    return pick, lambda rgb: near(rgb).round(4).tolist()
+
+
 def draw_factors(split, index, seed=0):
     """Object `index` of a split, the same whether 72 are made or 4096.  All else follows from its factors."""
     rng = np.random.default_rng((seed, zlib.crc32(split.encode()), index))
-    pick = lambda options: options[rng.integers(len(options))]
-    jitter = lambda rgb: np.clip(rgb * rng.normal(1, .05) * rng.normal(1, .012, 3), .05, .9).round(4).tolist()
+    pick, near = drawing(rng)
     block, slot = divmod(index, 6)
     kind = KINDS[(0, 1, 0, 1, 2, 3)[slot]]             # of 72: 24, 24, 12, 12
     palette, part = draw_cell(split, index, seed, kind)
@@ -86,8 +92,7 @@ def draw_factors(split, index, seed=0):
                "band": pick(BANDS[kind]), "yoke": pick(YOKES if slot < 4 else ("none",)),
                "cap": pick(CAPS if slot < 4 else ("bulb",)), "art": pick(ARTS),
                "boom": slot == block % 4,              # of 72: 12, all on headphones
-               "body": jitter(np.array(body)), "pad": jitter(pick(np.array(pads))),
-               "accent": jitter(pick(np.array(accents)))}
+               "body": near(body), "pad": near(pick(pads)), "accent": near(pick(accents))}
     factors["metal"] = factors[pick(("accent", "body", "body"))]            # the colour of yokes and sleeves
     return factors | {key: round(rng.random(), 4) for key in PROPORTIONS}
 
@@ -368,6 +373,7 @@ def write_model(folder, factors, thin=False):
 
 
 def write_files(folder, parts, factors):
+    """The same for surfaces of any kind of object"""
     images, rows = textures(parts)
     mtl = "".join("newmtl %s\nKd %.4f %.4f %.4f\nmap_Kd ../images/texture%d.png\n\n"
                   % (material, *image.mean((0, 1)), i) for i, (material, image) in enumerate(images.items()))

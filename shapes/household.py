@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 
-from shapes.earphones import FRONT, HALF, UP, mix, ridge, step, window, write_files
+from shapes.earphones import FRONT, HALF, UP, drawing, mix, ridge, step, window, write_files
 from shapes.surfaces import lerp, revolve, spline, sweep
 
 STYLES = {                                     # of each category; the variants are a second choice
@@ -50,8 +50,7 @@ def draw_factors(category, split, index, seed=0):
     """Object `index` of a split, the same whether 72 are made or 4096"""
     place = seed, zlib.crc32(f"{category} {split}".encode())
     rng = np.random.default_rng((*place, index))
-    pick = lambda options: options[rng.integers(len(options))]
-    jitter = lambda rgb: np.clip(rgb * rng.normal(1, .05) * rng.normal(1, .012, 3), .05, .9).round(4).tolist()
+    pick, near = drawing(rng)
     novel = split == "test" and index % 2 == 1
     cells = [(style, palette, variant) for style in STYLES[category] for palette in PALETTES
              for variant in VARIANTS[category]
@@ -63,7 +62,7 @@ def draw_factors(category, split, index, seed=0):
     body, pads, accents = PALETTES[palette]
     return {"split": split, "index": index, "seed": seed, "kind": category, "style": style,
             "palette": palette, "part": variant, "extra": bool(rng.integers(2)),
-            "body": jitter(np.array(body)), "pad": jitter(pick(np.array(pads))), "accent": jitter(pick(np.array(accents))),
+            "body": near(body), "pad": near(pick(pads)), "accent": near(pick(accents)),
             **{key: round(rng.random(), 4) for key in PROPORTIONS}}
 
 
@@ -160,15 +159,16 @@ def chair(f):
 def table(f):
     width = lerp(.95, 1.2, f["width"]) if f["part"] == "long" else lerp(.62, .8, f["width"])
     depth, thick = lerp(.55, .7, f["depth"]), lerp(.055, .085, f["thick"])
-    floor, half, wide = -lerp(.7, 1.0, f["height"]), lerp(HALF, .11, f["thick"]), f["part"] == "round"
+    floor, half = -lerp(.7, 1.0, f["height"]), lerp(HALF, .11, f["thick"])
+    is_round = f["part"] == "round"
     top = wood(f) if f["extra"] else ("pad", f["pad"], None)
-    if wide:
+    if is_round:
         disc = [(0, thick), (.06, thick), (width * .9, thick), (width, thick * .6), (width, -thick * .6),
                 (width * .9, -thick), (0, -thick)]
         parts, depth = [lathe(disc, 10, 32, top)], width
     else:
         parts = [slab(width, depth, thick, 0, top)]
-    share = .66 if wide else 1.
+    share = .66 if is_round else 1.
     x, z, out = share * width - half - .03, share * depth - half - .03, lerp(0, .14, f["lean"])
     if f["style"] == "pedestal":
         foot = lerp(.34, .5, f["shape"])

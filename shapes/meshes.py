@@ -335,8 +335,8 @@ def listing(folder, changed):
 
 
 def read_texture(name, beside, folder, notes, left=MAX_DECODED):
-    """-> (H,W,3) uint8, or None with a note: the material's Kd stands in; and how many pixels were decoded, of
-    the `left` ones that may be"""
+    """-> (H,W,3) uint8, or None with a note: the material's Kd stands in; and how many pixels were decoded.
+    `left`: how many may be"""
     file = find(name, beside, folder, notes)
     if file is None:
         note(notes, f"texture {short(name)} is missing: its Kd instead")

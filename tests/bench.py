@@ -270,7 +270,8 @@ def many_rows(steps=200):
             at = {row["step"]: row["seconds"] for row in rows if "loss" in row}
             step = (at[steps] - at[60]) / (steps - 60)
             print(f"{count} objects: packed in {packed - began:.0f} s, measured in "
-                  f"{measured - packed:.0f} s, once; 20 steps after {at[20]:.1f} s; {step * 1e3:.1f} ms a step;"
+                  f"{measured - packed:.0f} s, once; 20 steps after {at[20]:.1f} s; "
+                  f"{step * 1e3:.1f} ms a step;"
                   f"{said.split(';')[-1].rstrip()}")
 
 

@@ -313,7 +313,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_an_optimizers_state_must_be_its_own():
-    begin = lambda: torch.optim.Adam([torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))])
+    begin = lambda: torch.optim.Adam([torch.nn.Parameter(torch.zeros(*shape)) for shape in ((2, 3), (4,))])
     optimizer = begin()
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)

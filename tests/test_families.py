@@ -183,7 +183,8 @@ def test_samples_of_another_autodecoder_are_refused(trained, tmp_path):
 def test_a_point_takes_the_features_of_its_pixel():
     """Features that are the pixel's own place: a point then sees where it is projected to."""
     size, generator = 16, torch.Generator().manual_seed(0)
-    pose = torch.stack([common.camera_to_world_at(a, e, 1.3) for a, e in ((20, 10), (200, -30))]).float()[None]
+    angles = (20, 10), (200, -30)
+    pose = torch.stack([common.camera_to_world_at(*angle, 1.3) for angle in angles]).float()[None]
     K = common.intrinsics_at(size).float()
     centre = (torch.arange(size) + 0.5) / size
     v, u = torch.meshgrid(centre, centre, indexing="ij")
@@ -219,7 +220,7 @@ def test_photos_are_lifted(trained, data, tmp_path, capsys):
     assert all(name in text for name in ("lifted, then 100 steps", "fit_codes", "2 photos"))
     assert (tmp_path / "run/lift_1.png").exists() and (tmp_path / "run/lift_2.png").exists()
     weights = common.load_checkpoint(tmp_path / "run/last.pt")["network"]
-    lift.main([*flags, "--fit_steps", "0"])                                    # trained already: it only measures
+    lift.main([*flags, "--fit_steps", "0"])                           # trained already: it only measures
     assert "going on from step 4" in capsys.readouterr().out
     again = common.load_checkpoint(tmp_path / "run/last.pt")["network"]
     assert all(torch.equal(weights[name], again[name]) for name in weights)
