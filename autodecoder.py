@@ -17,7 +17,7 @@ alone.  It also makes object i wider or taller: it sends stretched rays through 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
 run  python autodecoder.py                                       72 objects: 30.75 dB (row A6)
-     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one: 31.1 dB before stretches (row A3)
+     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one object: 30.15 dB
      python -m chapters.few_views --views 2                          new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
 read Config, Autodecoder, draw_batch, recolouring, photos_nobody_took, reconstruction_loss, main; fit_codes.
