@@ -3,11 +3,11 @@ A chapter on stage 1: photos in, volume out, in one pass of a network.  No code 
 
     latent = K( mean and deviation over views of  M(F(photo) at the point's pixel, where the camera is) )
 
-The middle of each of the latent's cells is sent through each photo's camera, and takes the photo's
-features at the pixel where it is seen (pixelNeRF, 2021; "lift-splat"; NeuralField-LDM's scene encoder).  F is
-a small 2D network, M mixes what one view says of one point, and K, a 3D network, turns what all views say
-into stage 1's latent.  G2 and the renderer stay as they are.  A point sees only its own ray, so it cannot know its
-depth from one photo.  K must guess that from its neighbours, and from what earphones look like.
+The middle of each of the latent's cells is sent through each photo's camera, and takes the photo's features
+at the pixel where it is seen (pixelNeRF, 2021; "lift-splat"; NeuralField-LDM's scene encoder).  F is a
+small 2D network, M mixes what one view says of one point, and K, a 3D network, turns what all views say
+into stage 1's latent.  G2 and the renderer stay as they are.  A point sees only its own ray, so it cannot
+know its depth from one photo.  K must guess that from its neighbours, and from what earphones look like.
 
 It learns from pairs of photos and latents.  Stage 1 can make as many as we like: decode recombined codes and
 render them.  A share of each batch are the real photos of the training objects.
