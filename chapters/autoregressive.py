@@ -28,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import CLIP, fast_precision, learning_rate_share, load_autodecoder, plot_log, unfold_children
-from chapters.families import keep, resume, to_learn, with_box, write_samples
+from autodecoder import fast_precision, learning_rate_share, load_autodecoder, plot_log, unfold_children
+from chapters.families import Words, improve, record, resume, to_learn, with_box, write_samples
 from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views
@@ -75,43 +75,29 @@ class Codebook(nn.Module):
         self.boxes = nn.Sequential(nn.Conv3d(c, 2 * c, 3, padding=1), nn.SiLU(), nn.Conv3d(2 * c, 8 * c, 1))
         self.cells = nn.Sequential(nn.SiLU(), nn.Conv3d(c, c, 3, padding=1), nn.SiLU(),
                                    nn.Conv3d(c, channels, 3, padding=1))
-        self.register_buffer("words", torch.randn(config.words, c))
-        self.register_buffer("used", torch.ones(config.words))         # running counts, and sums of vectors
-        self.register_buffer("sums", self.words.clone())
+        self.book, self.width = Words(config.words, c), c
 
     def decoder(self, vectors):
-        return self.cells(unfold_children(self.boxes(vectors), len(self.words[0])))
+        return self.cells(unfold_children(self.boxes(vectors), self.width))
 
     def tokens(self, vectors):
         """(B,c,n,n,n) -> (B,n^3): the nearest word's number, box by box, x fastest, z slowest"""
-        return torch.cdist(vectors.flatten(2).mT.reshape(-1, vectors.shape[1]), self.words).argmin(1).view(
-            len(vectors), -1)
+        return self.book.nearest(vectors.flatten(2).mT)
 
     def spell(self, tokens):
         """(B,n^3) -> (B,c,n,n,n)"""
-        side = round(tokens.shape[1] ** (1 / 3))
-        return self.words[tokens].mT.reshape(len(tokens), -1, side, side, side)
+        return boxes_of(self.book.words[tokens])
 
     def loss(self, latents):
-        """-> error of the latents, how far vectors are from their words; the vectors (P,c), tokens (P,)"""
-        vectors = self.encoder(latents)
-        tokens = self.tokens(vectors.detach())
-        spelled = self.spell(tokens)
-        through = vectors + (spelled - vectors).detach()             # the word's value, the vector's gradient
-        error, apart = (self.decoder(through) - latents).square().mean(), (vectors - spelled).square().mean()
-        return error, apart, vectors.detach().flatten(2).mT.reshape(-1, vectors.shape[1]), tokens.flatten()
+        """-> error of the latents, how far vectors are from their words; and what `move` wants"""
+        spelled, apart, *spoken = self.book.through(self.encoder(latents).flatten(2).mT)
+        return (self.decoder(boxes_of(spelled)) - latents).square().mean(), apart, *spoken
 
-    def move(self, vectors, tokens, generator):
-        """Words go to the running mean of their vectors"""
-        share = torch.full((len(tokens),), 0.02, device=tokens.device)
-        self.used.mul_(0.98).index_add_(0, tokens, share)
-        self.sums.mul_(0.98).index_add_(0, tokens, 0.02 * vectors)
-        mean = self.sums / self.used[:, None]
-        self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
-        # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
-        dead = (self.used < 0.01).nonzero()[:, 0]
-        some = vectors[torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)]
-        self.words[dead], self.used[dead], self.sums[dead] = some, 0.02, 0.02 * some
+
+def boxes_of(vectors):
+    """(B,n^3,c) -> (B,c,n,n,n)"""
+    side = round(vectors.shape[1] ** (1 / 3))
+    return vectors.mT.reshape(len(vectors), -1, side, side, side)
 
 
 class Transformer(nn.Module):
@@ -194,20 +180,10 @@ def main(argv=None):
             else:
                 error, apart, *spoken = codebook.loss(data[item])
                 loss, numbers = error + 0.25 * apart, {"error": error, "apart": apart}
-            optimizers[second].zero_grad()
-            loss.backward()
-            length_ = nn.utils.clip_grad_norm_(weights[second], CLIP)
-            if run.finite(step, loss.item() + length_.item()):
-                optimizers[second].step()
-                if not second:
-                    codebook.move(*spoken, generator)
+            if improve(run, step, loss, optimizers[second]) and not second:
+                codebook.book.move(*spoken, generator)
             step += 1
-
-            if step % config.log_every == 0 or step == total:
-                run.log(step, total, **{name: number.item() for name, number in numbers.items()})
-            if step % config.save_every == 0 or step == total or run.stopping:
-                keep(run, model, networks, optimizers, step)
-            run.stop_if_asked(step)
+            record(run, model, networks, optimizers, step, total, numbers)
 
     transformer.eval()
     with torch.no_grad():

@@ -2,7 +2,7 @@
 What the chapters on other ways to make new objects share; and their sheet, a line of pictures for each
 family.
 
-in   runs/*/latents.pt               samples of the chapters, and what they cost
+in   runs/*/latents.pt, volumes.pt   samples of the chapters, and what they cost
 out  runs/families.png               eight samples of each, seeds 0 to 7: none is picked
 run  python -m chapters.families
      python -m lab.evaluate --rows runs/analytic runs/gaudi       the same families in the lab's table
@@ -12,22 +12,25 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from autodecoder import fingerprint, load_autodecoder, read_log
-from common import (UserError, command, fill, fill_optimizer, grid, load_checkpoint, parse_config,
-                    pick_device, save_checkpoint, save_picture, save_text, to_bytes)
+from autodecoder import CLIP, Autodecoder, fingerprint, load_autodecoder, read_log
+from common import (UserError, camera_to_world_at, command, fill, fill_optimizer, grid, load_checkpoint,
+                    parse_config, pick_device, save_checkpoint, save_picture, save_text, to_bytes)
 from diffusion import Config as Stage2
 from diffusion import RobustNorm, latents_of, load_denoiser, recombined, sample
 from sample import BOX, is_run, novelty, summarise
-from volume_render import ANGLES, SIZE, cameras, render_views
+from volume_render import ANGLES, SIZE, cameras, occupancy, render, render_views, voxel_opacity
 
 
 @dataclass
 class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
-    rows: tuple = ("",)                  # folders of chapters; none: all that are in runs/
+    rows: tuple = ("chapters",)          # folders of chapters; `chapters`: all that are in runs/
     out: str = "runs/families.png"       # the sheet
     device: str = "auto"                 # auto, cpu or cuda
 
@@ -54,12 +57,82 @@ def to_learn(model, config):
     return data / scale, norm.normalize(own) / scale, lambda numbers: norm.undo(numbers * scale)
 
 
+class AsVolumes:
+    """Stage 1's renderer, for functions that make volumes of what they get, and get volumes"""
+    def __init__(self, field=None):
+        self.config, self.to_volume, self.volumes_of = SimpleNamespace(samples=48), lambda v: v, lambda v: v
+        self.field = field or (lambda channels, position: Autodecoder.field(self, channels, position))
+
+
+class Words(nn.Module):
+    """A codebook: `count` words of c numbers.  Vectors become their nearest word"""
+
+    def __init__(self, count, c):
+        super().__init__()
+        self.register_buffer("words", torch.randn(count, c))
+        self.register_buffer("used", torch.ones(count))                # running counts, and sums of vectors
+        self.register_buffer("sums", self.words.clone())
+
+    def nearest(self, vectors):
+        """(...,c) -> (...): the nearest word's number"""
+        return torch.cdist(vectors.flatten(0, -2), self.words).argmin(1).view(vectors.shape[:-1])
+
+    def snap(self, vectors):
+        """Vectors (...,c) -> their words"""
+        return self.words[self.nearest(vectors)]
+
+    def through(self, vectors):
+        """(...,c) -> their words, with the vectors' gradient ("straight through"); how far they are apart;
+        the vectors (P,c) and their words' numbers (P,), for `move`"""
+        tokens = self.nearest(vectors.detach())
+        spelled = self.words[tokens]
+        apart = (vectors - spelled).square().mean()
+        return (vectors + (spelled - vectors).detach(), apart, vectors.detach().flatten(0, -2),
+                tokens.flatten())
+
+    def move(self, vectors, tokens, generator):
+        """Words go to the running mean of their vectors"""
+        share = torch.full((len(tokens),), 0.02, device=tokens.device)
+        self.used.mul_(0.98).index_add_(0, tokens, share)
+        self.sums.mul_(0.98).index_add_(0, tokens, 0.02 * vectors)
+        mean = self.sums / self.used[:, None]
+        self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
+        # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
+        dead = (self.used < 0.01).nonzero()[:, 0]
+        some = vectors[torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)]
+        self.words[dead], self.used[dead], self.sums[dead] = some, 0.02, 0.02 * some
+
+
+def smooth(volume):
+    """A blur by 1 2 1.  Small pictures do not show single voxels, so only this keeps neighbours alike"""
+    return F.avg_pool3d(F.avg_pool3d(volume, 2, 1, 1, count_include_pad=False), 2, 1)
+
+
+def pictures_apart(volume, made, field, count, generator):
+    """Squared difference of what volumes (B,4,N,N,N) and others, of this field, show along the same rays"""
+    # Rays come from anywhere around.  Half of them go through something solid, the others anywhere
+    draw, plain = lambda *n: torch.rand(*n, generator=generator), AsVolumes().field
+    B, N = len(volume), volume.shape[-1]
+    azimuth, elevation = 360 * draw(B, count), torch.asin(2 * draw(B, count) - 1).rad2deg()
+    origins = camera_to_world_at(azimuth, elevation, torch.full_like(azimuth, 1.3))[..., :3, 3]
+    solid = voxel_opacity(volume, plain).cpu().flatten(1) + 1e-6
+    at = torch.multinomial(solid, count, replacement=True, generator=generator)
+    point = (torch.stack([at % N, at // N % N, at // N ** 2], -1) + draw(B, count, 3)) / N - 0.5     # x, y, z
+    point[:, count // 2:] = draw(B, count - count // 2, 3) - 0.5
+    rays, place = (origins.to(volume), (point - origins).to(volume), 48), draw(B, count, 48).to(volume)
+    with torch.no_grad():
+        rgb, alpha, _ = render(volume, *rays, plain, place, occupancy(volume, plain))
+    ours, ours_alpha, _ = render(made, *rays, field, place, occupancy(made, field))
+    return (ours - rgb).square().mean() + 0.1 * (ours_alpha - alpha).square().mean()
+
+
 def resume(run, model, networks, optimizers):
-    """Fills networks {name: network} and the optimizers with what the run saved -> the step to go on from"""
+    """Fills networks {name: network} and the optimizers with what the run saved -> the step to go on from.
+    model: the autodecoder that is under them, or None"""
     state = run.load("autodecoder", "optimizers", *networks, "step")
     if not state:
         return 0
-    if state["autodecoder"] != fingerprint(model):
+    if state["autodecoder"] != (fingerprint(model) if model else ""):
         raise UserError(f"{run.folder} was trained on another autodecoder: start over with --fresh")
     for name, network in networks.items():
         fill(network, state[name], run.folder)
@@ -69,8 +142,36 @@ def resume(run, model, networks, optimizers):
     return state["step"]
 
 
+def improve(run, step, loss, optimizer):
+    """One step of the optimizer, if the loss and its gradient are finite -> whether they were"""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(weights, CLIP)
+    well = run.finite(step, loss.item() + norm.item())
+    if well:
+        optimizer.step()
+    return well
+
+
+def follow(average, network, step, ema):
+    """The running mean of a network's weights: short at first, because the first weights are worth little"""
+    for mean, p in zip(average.parameters(), network.parameters()):
+        mean.lerp_(p.detach(), 1 - min(ema, (1 + step) / (10 + step)))
+
+
+def record(run, model, networks, optimizers, step, steps, numbers):
+    """What follows a step: the log, the checkpoint, and the end if the user asked for it"""
+    every = run.config
+    if step % every["log_every"] == 0 or step == steps:
+        run.log(step, steps, **{name: torch.as_tensor(number).item() for name, number in numbers.items()})
+    if step % every["save_every"] == 0 or step == steps or run.stopping:
+        keep(run, model, networks, optimizers, step)
+    run.stop_if_asked(step)
+
+
 def keep(run, model, networks, optimizers, step):
-    run.save({"config": run.config, "step": step, "autodecoder": fingerprint(model),
+    run.save({"config": run.config, "step": step, "autodecoder": fingerprint(model) if model else "",
               "optimizers": [some.state_dict() for some in optimizers],
               **{name: network.state_dict() for name, network in networks.items()}})
 
@@ -92,9 +193,21 @@ def write_samples(out, model, latents, parameters, sample_seconds):
     save_checkpoint(Path(out, "latents.pt"), {"latents": latents.cpu(), "autodecoder": fingerprint(model),
                                            "parameters": parameters, "sample_seconds": sample_seconds,
                                            "training_seconds": trained_for(out)})
-    rgb = render_views(model, latents[:16], cameras(ANGLES[:1]), SIZE)[0][:, 0]
-    save_picture(Path(out, "samples.png"), grid(to_bytes(rgb), min(8, len(rgb))))
+    save_sheet(out, model, latents)
     return rows["samples"]
+
+
+def write_volumes(out, volumes, parameters, sample_seconds):
+    """The same of a family that makes volumes (B,4,N,N,N), as G2 makes them -> volumes.pt, samples.png"""
+    save_checkpoint(Path(out, "volumes.pt"), {"volumes": volumes.half().cpu(), "parameters": parameters,
+                                           "sample_seconds": sample_seconds,
+                                           "training_seconds": trained_for(out)})
+    save_sheet(out, AsVolumes(), volumes)
+
+
+def save_sheet(out, model, some):
+    rgb = render_views(model, some[:16], cameras(ANGLES[:1]), SIZE)[0][:, 0]
+    save_picture(Path(out, "samples.png"), grid(to_bytes(rgb), min(8, len(rgb))))
 
 
 @torch.no_grad()
@@ -111,31 +224,43 @@ def finish(argv, Config, presets, Denoiser):
 
 
 def read_samples(folder, model):
-    """A chapter's latents.pt, if it is of this autodecoder -> latents (B,...), and the whole state"""
-    state = load_checkpoint(Path(folder, "latents.pt"))
-    latents = state.get("latents")
+    """A chapter's latents.pt, if it is of this autodecoder, or its volumes.pt -> who shows them, latents or
+    volumes (B,...), and the whole state"""
+    kind = "volumes" if Path(folder, "volumes.pt").exists() else "latents"
+    file = Path(folder, f"{kind}.pt")
+    state = load_checkpoint(file)
+    some = state.get(kind)
+    if kind == "latents" and state.get("autodecoder") != fingerprint(model):
+        raise UserError(f"{file} was made with another autodecoder: run its chapter again")
     shape = model.config.latent_channels, *[model.config.latent_resolution] * 3
-    if state.get("autodecoder") != fingerprint(model):
-        raise UserError(f"{folder}/latents.pt was made with another autodecoder: run its chapter again")
-    if not isinstance(latents, torch.Tensor) or latents.shape[1:] != shape or not latents.isfinite().all():
-        raise UserError(f"{folder}/latents.pt holds no latents of the shape {shape}")
+    right = isinstance(some, torch.Tensor) and some.dim() == 5 and some.isfinite().all()
+    if not right or kind == "latents" and some.shape[1:] != shape or kind == "volumes" and some.shape[1] != 4:
+        raise UserError(f"{file} holds no {kind}" + f" of the shape {shape}" * (kind == "latents"))
     if not {"parameters", "training_seconds", "sample_seconds"} <= state.keys():
-        raise UserError(f"{folder}/latents.pt does not say what its samples cost: run its chapter again")
-    return latents.float(), state
+        raise UserError(f"{file} does not say what its samples cost: run its chapter again")
+    return model if kind == "latents" else AsVolumes(), some.float(), state
+
+
+def folders(rows):
+    """The folders named; for the one word `chapters`, all in runs/ that hold samples"""
+    if rows != ("chapters",):
+        return [row for row in rows if row]
+    found = [file.parent for kind in ("latents", "volumes") for file in Path("runs").glob(f"**/{kind}.pt")]
+    if not found:
+        raise UserError("no folder in runs/ holds samples: run a chapter first, as python -m chapters.gaudi")
+    return sorted(map(str, found))
 
 
 @torch.no_grad()
 def main(argv=None):
     config = parse_config(Config, argv=with_box(argv, Config))
     model, _ = load_autodecoder(config.autodecoder, pick_device(config.device))
-    found = sorted(str(file.parent) for file in Path("runs").glob("*/latents.pt"))
-    rows = [row for row in config.rows if row] or found
-    if not rows:
-        raise UserError("no folder in runs/ holds samples: run a chapter first, as python -m chapters.gaudi")
+    rows = folders(config.rows)
     lines = []
     for row in rows:
-        latents = read_samples(row, model)[0][:8].to(model.shapes.device)
-        rgb = to_bytes(render_views(model, latents, cameras(ANGLES[:1]), SIZE)[0][:, 0])
+        shown_by, some, _ = read_samples(row, model)
+        some = some[:8].to(model.shapes.device)
+        rgb = to_bytes(render_views(shown_by, some, cameras(ANGLES[:1]), SIZE)[0][:, 0])
         lines.append(torch.cat([rgb, torch.full((8 - len(rgb), *rgb.shape[1:]), 255, dtype=torch.uint8)]))
     save_picture(config.out, grid(torch.cat(lines), 8))
     print(f"wrote {config.out}; lines, from above: {', '.join(rows)}")

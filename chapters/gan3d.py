@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import diffusion
 from autodecoder import load_autodecoder, plot_log
-from chapters.families import keep, resume, to_learn, with_box, write_samples
+from chapters.families import follow, keep, resume, to_learn, with_box, write_samples
 from common import Run, UserError, command, parse_config, pick_device, save_preview, to_bytes
 from diffusion import latents_of, nearest, noise_of
 from volume_render import ANGLES, SIZE, cameras, render_views
@@ -160,8 +160,7 @@ def main(argv=None):
             maker_loss.backward()
             if well and run.finite(step, maker_loss.item()):
                 optimizers[0].step()
-                for mean, p in zip(average.parameters(), maker.parameters()):
-                    mean.lerp_(p.detach(), 1 - min(config.ema, (1 + step) / (10 + step)))
+                follow(average, maker, step, config.ema)
             step += 1
 
             if step % config.log_every == 0 or step == config.steps:

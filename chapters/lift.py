@@ -24,9 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import (BETAS, CLIP, Block, descend, fast_precision, fit_codes, learning_rate_share,
+from autodecoder import (BETAS, Block, descend, fast_precision, fit_codes, learning_rate_share,
                          load_autodecoder, plot_log)
-from chapters.families import keep, resume, to_learn, with_box
+from chapters.families import improve, record, resume, to_learn, with_box
 from chapters.few_views import OfLatents, decoder_of, pictures
 from common import Run, UserError, command, parse_config, pick_device, save_preview, save_text, to_bytes
 from diffusion import latents_of
@@ -80,13 +80,13 @@ def unproject(features, poses, K, points):
 class Lift(nn.Module):
     """Photos (B,V,H,W,3) in [0, 1] and their cameras -> latents (B,C,r,r,r), normalised"""
 
-    def __init__(self, config, channels, side):
+    def __init__(self, config, channels, side, seen=3):
         super().__init__()
         width = config.width
         self.side = side                                 # a point in the middle of each of the latent's cells
         layer = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(1, b),
                                                    nn.SiLU())
-        self.look = nn.Sequential(layer(3, width // 4, 1), layer(width // 4, width // 2, 2),
+        self.look = nn.Sequential(layer(seen, width // 4, 1), layer(width // 4, width // 2, 2),
                                   layer(width // 2, width, 2), nn.Conv2d(width, width, 3, padding=1))
         self.mix = nn.Sequential(nn.Conv1d(width + 4, width, 1), nn.SiLU(), nn.Conv1d(width, width, 1))
         # Three more channels say where in the cube a point is: a convolution alone would not know
@@ -182,17 +182,10 @@ def main(argv=None):
             with fast_precision(model.config, device):
                 guess = network(*seen).float()
             loss = (guess - target[item.to(device)]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-            if run.finite(step, loss.item() + norm.item()):
-                optimizer.step()
+            improve(run, step, loss, optimizer)
             step += 1
-            if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, **{"real" if real else "made": loss.item()}, views=views)
-            if step % config.save_every == 0 or step == config.steps or run.stopping:
-                keep(run, model, {"network": network}, [optimizer], step)
-            run.stop_if_asked(step)
+            record(run, model, {"network": network}, [optimizer], step, config.steps,
+                   {"real" if real else "made": loss, "views": views})
 
     # Unseen objects: the last photos, at most eight, measure all ways
     show, N = OfLatents(model), len(unseen.names)

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from chapters.families import read_samples
+from chapters.families import folders, read_samples
 from common import Run, command, parse_config, pick_device, save_figure, save_text, to_bytes
 from diffusion import latents_of, nearest, recombined
 from diffusion import sample as draw_samples
@@ -68,7 +68,7 @@ class Config:
     readings: int = 1024                 # objects that the reader learns from, 4 pictures each (at least 32)
     reader_steps: int = 4000             # gradient steps of the reader (at least 1)
     controls: bool = True                # no: ours, training and held-out objects alone
-    rows: tuple = ("",)                  # folders of chapters whose latents.pt become rows, as runs/gan3d
+    rows: tuple = ("",)                  # chapters' folders that become rows, as runs/gan3d; chapters: all
     bootstrap: int = 200                 # resamplings, for the deviations (at least 2)
     seed: int = 0                        # of the first sample, the controls, the fresh objects
     device: str = "auto"                 # auto, cpu or cuda
@@ -91,8 +91,8 @@ def resampled(count, config, name):
 
 
 def see_volumes(model, latents, config):
-    """latents (N,...) -> as fresh.see_object does of meshes, pictures (N,4,H,W,3) bytes and points (N,P,3);
-    and how neat they are: largest piece, haze and colours, (N,) each"""
+    """latents (N,...), or volumes and who shows them -> as fresh.see_object does of meshes, pictures
+    (N,4,H,W,3) bytes and points (N,P,3); and how neat they are: largest piece, haze and colours, (N,) each"""
     origins, directions = rays_around()
     pictures, points, neatness = [], [], []
     for part in latents.split(32):
@@ -133,7 +133,7 @@ def judge(some, fresh, held, training, cells, config):
                 row["MMD"] = near.mean().item(), weight @ near / N
     if "features" in some:
         apart("to photos", functools.partial(kernel_distance, cubic), some["features"], fresh["features"])
-        if some is not held and "latents" in some:
+        if some is not held and "piece" in some:
             apart("to reconstructions", functools.partial(kernel_distance, cubic), some["features"],
                   held["features"])
     if "labels" in some:
@@ -142,20 +142,23 @@ def judge(some, fresh, held, training, cells, config):
         row["training cells"] = len(cell[~new].unique()) / len(cells), None
         row["other cells"] = len(cell[new].unique()) / (CELLS - len(cells)), None
         mean("in other cells", new)
+    # What asks for latents is not defined for volumes that this autodecoder did not make
     if "latents" in some:
-        latent, shape = some["to training"], some["shape to training"]
+        latent = some["to training"]
         mean("d1", latent[:, 0])
         mean("copies", is_copy(latent))
-        mean("copies, shapes", is_copy(shape))
         row["closest two of 64"] = torch.pdist(some["latents"][:64].flatten(1)).min().item(), None
         row["outside"] = outside_span(some["latents"], training["latents"]).quantile(0.95).item(), None
-        whole = training["piece"][some["whose"]] > 0.95
+        if held and some is not held:
+            apart("Z_U", z_u, latent[:, 0], held["to training"][:, 0])
+    if "piece" in some:
+        shape, whole = some["shape to training"], training["piece"][some["whose"]] > 0.95
+        mean("copies, shapes", is_copy(shape))
         if whole.any():
             mean("in pieces", some["piece"][whole] < 0.95)
         mean("haze", some["haze"])
         mean("colours", some["colours"].nan_to_num(0))
         if held and some is not held:
-            apart("Z_U", z_u, latent[:, 0], held["to training"][:, 0])
             apart("Z_U, shapes", z_u, shape[:, 0], held["shape to training"][:, 0])
             apart("pixels", functools.partial(kernel_distance, minus_distance), pixels(some), pixels(held))
     return row
@@ -204,14 +207,16 @@ def rivals(model, denoiser, config, device):
 
 
 def chapters(model, config):
-    """-> {name: latents} of samples that chapters wrote, at most as many as of ours; and what they cost"""
-    found = {Path(row).name: read_samples(row, model) for row in config.rows if row}
-    for name, (latents, _) in found.items():
-        if len(latents) < config.count:
-            print(f"{name}: {len(latents)} samples, ours are {config.count}: COV and cells do not compare")
-    return ({name: latents[:config.count].to(model.shapes.device) for name, (latents, _) in found.items()},
+    """-> {name: (who shows them, latents or volumes)} of samples that chapters wrote, at most as many as of
+    ours; and what they cost"""
+    found = {Path(row).name: read_samples(row, model) for row in folders(config.rows)}
+    for name, (_, some, _) in found.items():
+        if len(some) < config.count:
+            print(f"{name}: {len(some)} samples, ours are {config.count}: COV and cells do not compare")
+    return ({name: (shown_by, some[:config.count].to(model.shapes.device))
+             for name, (shown_by, some, _) in found.items()},
             [[name, *(f"{state[key]:.3g}" for key in ("parameters", "training_seconds", "sample_seconds"))]
-             for name, (_, state) in found.items()])
+             for name, (_, _, state) in found.items()])
 
 
 def gaussian(points, count, generator):
@@ -333,20 +338,24 @@ def main(argv=None):
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
-    sets = rivals(model, denoiser, config, device) | families
+    own = rivals(model, denoiser, config, device)
+    sets = {name: (model, latents) for name, latents in own.items()} | families
     codes = held_out_codes(model, config, unseen, device)
     if codes is not None:
-        sets["held-out objects"] = latents_of(model, codes)
-    for name, latents in sets.items():
-        print(f"seeing {len(latents)} of {name}", flush=True)
-        sets[name] = see_volumes(model, latents, config)
+        sets["held-out objects"] = model, latents_of(model, codes)
+    for name, (shown_by, some) in sets.items():
+        print(f"seeing {len(some)} of {name}", flush=True)
+        sets[name] = see_volumes(shown_by, some, config)
+        if shown_by is not model:
+            del sets[name]["latents"]
     training, held = sets["training objects"], sets.get("held-out objects")
     for some in sets.values():
         shape = chamfer(some["points"], training["points"]).sqrt()
         shape = shape.fill_diagonal_(math.inf) if some is training else shape
-        some["shape to training"] = shape.sort(1).values
-        distance, whose = nearest(some["latents"], training["latents"], some is training)
-        some["to training"] = distance.cpu()
+        some["shape to training"], whose = shape.sort(1)
+        if "latents" in some:
+            distance, whose = nearest(some["latents"], training["latents"], some is training)
+            some["to training"] = distance.cpu()
         some["whose"] = torch.arange(len(whose)) if some is training else whose[:, 0].cpu()
     if cells:
         remark = read_sets(reader, sets, fresh, control, cells)

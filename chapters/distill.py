@@ -1,0 +1,267 @@
+"""
+A chapter on stage 3: score distillation (DreamFusion), the Janus problem, and its cure (MVDream).  A diffusion
+model of *pictures* makes 3D objects, one by one, by descent:
+
+    min over volume    mean over cameras, n    | render(volume, camera) - D(render + sigma n, sigma) |^2
+
+D, a denoiser of small photos, is held fixed.  It knows nothing of space.  It only says of each rendering which
+photo it could be.  If D is not told where the camera stands, each side of the object may become the same
+favourite view: a head with two faces (Janus), or headphones with a cup on every side.  It is counted.  A
+network learns from photos to read the camera's azimuth.  Of a good object it reads the azimuth that we
+rendered; of a Janus object it reads the same one everywhere.  One D serves three ways: it is told nothing; it
+is told the camera; it sees four views of an object at once, and says what could be *one* object.
+
+Last comes NeuralField-LDM's post-optimisation.  D also learns what renderings of stage 2's samples look like,
+by a label.  Then it guides those samples away from that label, towards photos (negative guidance).
+
+in   data/earphones_train; stages 1 and 2, or the model in the box
+out  runs/distill/            last.pt, log.jsonl, curve.png, janus.txt, janus.png, mended.png, volumes.pt;
+     runs/distill/mended/     latents.pt: stage 2's first samples after post-optimisation, a row for the lab
+run  python -m chapters.distill                                          two CPU cores: 15 min (row L7)
+     python -m lab.evaluate --rows runs/distill runs/distill/mended      in the lab's table
+read distilled, guided, mended, main; and PictureDenoiser in maps.py.
+"""
+import math
+import time
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from autodecoder import BETAS, fast_precision, learning_rate_share, plot_log
+from chapters.families import (AsVolumes, improve, record, resume, smooth, write_samples,
+                               write_volumes)
+from chapters.maps import PictureDenoiser
+from common import (Run, UserError, camera_to_world_at, command, parse_config, pick_device, save_preview,
+                    save_text, to_bytes)
+from diffusion import sample
+from sample import load_models
+from shapes.packed import read_photos
+from volume_render import (ANGLES, SIZE, camera_rays, cameras, occupancy, render, render_views,
+                           render_volumes)
+
+
+@dataclass
+class Config:
+    data: str = "data/earphones_train"   # a folder of photos in the SRN layout (shapes/README.md)
+    diffusion: str = "runs/diffusion"    # stage 2's folder, whose samples are mended
+    autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
+    out: str = "runs/distill"            # folder for the model, the log and the objects
+    size: int = 32                       # pixels along a picture's side (at least 16)
+    width: int = 32                      # channels of the denoiser; they double twice, coarser (at least 8)
+    steps: int = 2000                    # gradient steps of the denoiser (at least 1)
+    batch: int = 48                      # pictures in a step (at least 4)
+    lr: float = 2e-3                     # learning rate, at its highest
+    descent: int = 400                   # steps from fog to an object (at least 2)
+    rate: float = 0.05                   # of these steps
+    objects: int = 8                     # distilled each way (at least 1)
+    seen: int = 64                       # samples of stage 2 whose renderings it learns (at least 1)
+    mended: int = 32                     # samples of stage 2 that are mended (at least 2)
+    mending: int = 60                    # steps for each (at least 1)
+    guidance: float = 2.0                # how far from the samples' label, in the mending (from 0 to 20)
+    seed: int = 0                        # of the weights, the batches and the objects
+    device: str = "auto"                 # auto, cpu or cuda
+    log_every: int = 20                  # steps between log lines (at least 1)
+    save_every: int = 500                # steps between checkpoints (at least 1)
+    fresh: bool = False                  # throw away the run in --out and start over
+
+
+PRESETS = {"cpu": {}, "gpu": dict(size=64, width=96, steps=20000, batch=128, descent=2000),
+           "smoke": dict(size=16, width=8, steps=4, batch=4, descent=2, objects=2, seen=2, mended=2, mending=2,
+                         save_every=2, log_every=2)}
+FREE = ("out", "device", "log_every", "save_every", "fresh", "descent", "rate", "objects", "mended", "mending",
+        "guidance", "diffusion", "autodecoder")
+LOW, HIGH, SAMPLES, VIEWS = 0.05, 60.0, 48, 4     # noise levels; bins along a ray; views at once
+
+
+class ViewReader(nn.Module):
+    """Pictures (B,H,W,3) -> (B,2): cosine and sine of twice the azimuth, since fronts look like backs"""
+
+    def __init__(self, config):
+        super().__init__()
+        level = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(1, b), nn.SiLU())
+        self.layers = nn.Sequential(level(3, 32), level(32, 64), level(64, 96), nn.Flatten(),
+                                    nn.Linear(96 * (config.size // 8) ** 2, 2))
+
+    def forward(self, pictures):
+        return self.layers(pictures.permute(0, 3, 1, 2) * 2 - 1)
+
+
+def doubled(places):
+    """Where cameras are (...,3) -> cosine and sine of twice their azimuth"""
+    azimuth = torch.atan2(places[..., 1], places[..., 0])
+    return torch.stack([(2 * azimuth).cos(), (2 * azimuth).sin()], -1)
+
+
+def around(count, views, generator):
+    """Cameras around `count` objects: a quarter turn between the four -> poses (count,views,4,4)"""
+    turn = 360 * torch.rand(count, 1, generator=generator) + 360 / views * torch.arange(views)
+    lift = (60 * torch.rand(count, 1, generator=generator) - 20).expand_as(turn)
+    return camera_to_world_at(turn, lift, torch.full_like(turn, 1.3))
+
+
+def shown(volumes, poses, K, size, field, place=None):
+    """volumes (B,4,N,N,N), poses (B,V,4,4) -> pictures (B,V,H,W,3), with gradients"""
+    rays = [some.flatten(1, 2) for some in camera_rays(poses, K, size)]
+    rgb, _, _ = render(volumes, *rays, SAMPLES, field, place, occupancy(volumes, field))
+    return rgb.view(*poses.shape[:2], size, size, 3)
+
+
+def guided(network, pictures, sigma, poses, way, generator, guidance=0.0):
+    """What D makes of these pictures, noised -> pictures, without gradients"""
+    B, V = pictures.shape[:2]
+    places = F.normalize(poses[..., :3, 3], dim=-1) * (way != "told nothing")
+    with torch.no_grad():
+        z = network.plain(pictures)
+        x = z + sigma * torch.randn(z.shape, generator=generator).to(z)
+        if way != "four views at once":                             # each view is an object of its own
+            x, places = x.flatten(0, 1)[:, None], places.flatten(0, 1)[:, None]
+        level, label = torch.full((len(x),), sigma).to(x), x.new_zeros(len(x))
+        clean = network(x, level, places, label)
+        if guidance:
+            clean = clean + guidance * (clean - network(x, level, places, label + 1))
+        return clean.view(z.shape) * network.spread + network.mean
+
+
+def distilled(network, config, way, K, device):
+    """-> volumes (objects,4,N,N,N), from fog"""
+    N, show = 32, AsVolumes()
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    centre = (torch.arange(N) + 0.5) / N - 0.5
+    ball = -(centre[:, None, None] ** 2 + centre[:, None] ** 2 + centre ** 2) / 0.08
+    free = torch.cat([ball.exp()[None] - 0.4, torch.zeros(3, N, N, N)]).expand(config.objects, -1, -1, -1, -1)
+    free = (free + 0.05 * torch.randn(free.shape, generator=generator)).to(device).requires_grad_(True)
+    optimizer = torch.optim.Adam([free], config.rate, betas=BETAS)
+    for step in range(config.descent):
+        # Much noise first, because it decides what the object is, and little at the end, for its details
+        sigma = 20 * (0.3 / 20) ** (step / config.descent)
+        poses = around(config.objects, VIEWS, generator).to(device)
+        place = torch.rand(config.objects, VIEWS * config.size ** 2, SAMPLES, generator=generator).to(device)
+        pictures = shown(smooth(free), poses, K, config.size, show.field, place)
+        goal = guided(network, pictures, sigma, poses, way, generator)
+        optimizer.zero_grad()
+        (pictures - goal).square().sum(0).mean().backward()
+        optimizer.step()
+    return smooth(free).detach()
+
+
+def mended(network, model, latents, config, K):
+    """Post-optimisation: latents (B,...) of samples, after some steps towards photos"""
+    generator, parts = torch.Generator().manual_seed(config.seed + 2), []
+    for latent in latents.split(8):
+        free = latent.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([free], 0.02 * latents.std().item(), betas=BETAS)
+        for _ in range(config.mending):
+            poses = around(len(free), VIEWS, generator).to(free)
+            sigma = math.exp(math.log(0.3) + math.log(10) * torch.rand((), generator=generator).item())
+            with fast_precision(model.config, free.device):
+                volume = model.to_volume(free)
+            pictures = shown(volume, poses, K, config.size, model.field)
+            goal = guided(network, pictures, sigma, poses, "four views at once", generator, config.guidance)
+            optimizer.zero_grad()
+            (pictures - goal).square().sum(0).mean().backward()
+            optimizer.step()
+        parts.append(free.detach())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def angle_apart(reader, pictures, places):
+    """How far the azimuth that is read is from the camera's, in degrees, where fronts look like backs (B,)"""
+    read, true = reader(pictures), doubled(places)
+    turn = torch.atan2(read[:, 1], read[:, 0]) - torch.atan2(true[:, 1], true[:, 0])
+    return torch.atan2(turn.sin(), turn.cos()).abs().rad2deg() / 2
+
+
+def main(argv=None):
+    config = parse_config(Config, PRESETS, argv)
+    device = pick_device(config.device)
+    model, names, stage2 = load_models(config, device)
+    photos = read_photos(config.data, config.size)
+    if config.size % 8 or photos.rgb.shape[1] < VIEWS:
+        raise UserError(f"--size {config.size}: a multiple of 8 is wanted, and {VIEWS} photos of each object")
+    run = Run(config.out, "distill", config, [f.name for f in fields(Config) if f.name not in FREE])
+
+    # Pictures of both labels: photos, and renderings of stage 2's samples from the photos' own cameras
+    generator = torch.Generator().manual_seed(config.seed)
+    K, place_of = photos.intrinsics[0].to(device), lambda poses: F.normalize(poses[..., :3, 3], dim=-1)
+    samples = stage2.latents(sample(stage2, range(1000, 1000 + config.seen)))
+    some = torch.randint(len(photos.names), (16,), generator=generator), torch.arange(16) % len(photos.rgb[0])
+    volumes = lambda latent: model.to_volume(latent[None])
+    made = torch.cat([to_bytes(render_volumes(model, volumes(one), photos.pose[some], K, config.size)[0])
+                      for one in samples]).cpu()
+    rgb, train = (photos.rgb, made), max(len(photos.rgb[0]) - 8, VIEWS)       # the last photos measure the reader
+    places = place_of(photos.pose), place_of(photos.pose[some])[None].expand(len(made), -1, -1)
+    torch.manual_seed(config.seed)
+    network, reader = PictureDenoiser(config).to(device), ViewReader(config).to(device)
+    network.mean.copy_(photos.rgb.float().mean((0, 1, 2, 3)) / 255)
+    network.spread.copy_(photos.rgb.float().std() / 255)
+    networks = {"network": network, "reader": reader}
+    optimizers = [torch.optim.Adam(some.parameters(), betas=BETAS) for some in networks.values()]
+    step, parameters = resume(run, model, networks, optimizers), sum(p.numel() for p in network.parameters())
+    print(f"photos of {len(photos.names)} objects; {parameters / 1e6:.2f} M parameters")
+
+    with run:
+        while step < config.steps:
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config.steps, 0.03)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            # Single views and four at once take turns.  A quarter of the batches are samples' renderings
+            V, label = (1, VIEWS)[step % 2], step // 2 % 4 == 3
+            B = config.batch // V
+            o = torch.randint(len(rgb[label]), (B, 1), generator=generator)
+            view = torch.rand(B, min(train, len(rgb[label][0])), generator=generator).argsort(1)[:, :V]
+            pictures = (rgb[label][o, view].float() / 255).to(device)
+            place = places[label][o, view].to(device)
+            told = V == VIEWS or torch.rand((), generator=generator) < 0.5
+            sigma = (LOW * (HIGH / LOW) ** torch.rand(B, generator=generator)).to(device)
+            z = network.plain(pictures)
+            x = z + sigma.view(-1, 1, 1, 1, 1) * torch.randn(z.shape, generator=generator).to(z)
+            with fast_precision(model.config, device):
+                clean = network(x, sigma, place * told, torch.full_like(sigma, label))
+            weight = ((1 + sigma ** 2) / sigma ** 2).view(-1, 1, 1, 1, 1)
+            loss = (weight * (clean - z).square()).mean()
+            reading = (reader(pictures.flatten(0, 1)) - doubled(place.flatten(0, 1))).square().mean()
+            improve(run, step, loss, optimizers[0])
+            improve(run, step, reading, optimizers[1])
+            step += 1
+            record(run, model, networks, optimizers, step, config.steps,
+                   {"four" if V == VIEWS else "single": loss, "reading": reading})
+
+    # Objects by distillation, three ways.  Of each a turn of eight views, and what the reader reads of them
+    began, lines, rows = time.time(), [], []
+    turn = cameras([(45 * k + 22.5, 15) for k in range(8)])
+
+    def line(name, pictures, places):
+        apart = angle_apart(reader, pictures.to(device), places.to(device))
+        wrong = (apart > 22.5).double().mean()
+        lines.append(f"{name:<20} {apart.median():5.1f} degrees   {wrong:4.0%}")
+    line("photos, held out", photos.rgb[:, -8:].flatten(0, 1).float() / 255,
+         place_of(photos.pose[:, -8:]).flatten(0, 1))
+    for way in ("told nothing", "told the camera", "four views at once"):
+        volumes = distilled(network, config, way, K, device)
+        seen = render_volumes(AsVolumes(), volumes, turn, K, config.size)[0]
+        line(way, seen.flatten(0, 1), place_of(turn).repeat(len(seen), 1))
+        rows += [*to_bytes(render_views(AsVolumes(), volumes[:3], turn, SIZE)[0])]
+    write_volumes(run.folder, volumes, parameters, (time.time() - began) / 3 / config.objects)
+    save_preview(run.folder / "janus.png", torch.stack(rows))
+    text = "\n".join(["the azimuth that is read is off by, and by more than 22.5 degrees in", *lines])
+    print(text)
+    save_text(run.folder / "janus.txt", text + "\n")
+
+    # Stage 2's first samples, before and after
+    before = stage2.latents(sample(stage2, range(config.mended)))
+    began = time.time()
+    after = mended(network, model, before, config, K)
+    write_samples(run.folder / "mended", model, after, parameters, (time.time() - began) / config.mended)
+    pictures = [to_bytes(render_views(model, some[:8], cameras(ANGLES[:2]), SIZE)[0].transpose(0, 1))
+                for some in (before, after)]
+    save_preview(run.folder / "mended.png", torch.cat(pictures))
+    plot_log(run.folder, "loss", single="single views", four="four views at once")
+    print(f"wrote {run.folder}: last.pt, volumes.pt, janus.txt, janus.png (three objects each way, a turn of "
+          "each), mended.png (two views before, two after), mended/latents.pt")
+
+
+if __name__ == "__main__":
+    command(main)
