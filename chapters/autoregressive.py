@@ -29,7 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import fast_precision, learning_rate_share, load_autodecoder, plot_log, unfold_children
-from chapters.families import Words, improve, record, resume, to_learn, with_box, write_samples
+from chapters.families import improve, record, resume, to_learn, with_box, write_samples
+from chapters.maps import Words
 from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views

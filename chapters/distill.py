@@ -1,15 +1,15 @@
 """
-A chapter on stage 3: score distillation (DreamFusion), the Janus problem, and its cure (MVDream).  A diffusion
-model of *pictures* makes 3D objects, one by one, by descent:
+A chapter on stage 3: score distillation (DreamFusion), the Janus problem, and its cure (MVDream).  A
+diffusion model of *pictures* makes 3D objects, one by one, by descent:
 
     min over volume    mean over cameras, n    | render(volume, camera) - D(render + sigma n, sigma) |^2
 
-D, a denoiser of small photos, is held fixed.  It knows nothing of space.  It only says of each rendering which
-photo it could be.  If D is not told where the camera stands, each side of the object may become the same
-favourite view: a head with two faces (Janus), or headphones with a cup on every side.  It is counted.  A
-network learns from photos to read the camera's azimuth.  Of a good object it reads the azimuth that we
-rendered; of a Janus object it reads the same one everywhere.  One D serves three ways: it is told nothing; it
-is told the camera; it sees four views of an object at once, and says what could be *one* object.
+D, a denoiser of small photos, is held fixed.  It knows nothing of space.  It only says of each rendering
+which photo it could be.  If D is not told where the camera stands, each side of the object may become the
+same favourite view: a head with two faces (Janus), or headphones with a cup on every side.  It is counted.
+A network learns from photos to read the camera's azimuth.  Of a good object it reads the azimuth that we
+rendered; of a Janus object it reads the same one everywhere.  One D serves three ways: it is told nothing;
+it is told the camera; it sees four views of an object at once, and says what could be *one* object.
 
 Last comes NeuralField-LDM's post-optimisation.  D also learns what renderings of stage 2's samples look like,
 by a label.  Then it guides those samples away from that label, towards photos (negative guidance).
@@ -26,20 +26,17 @@ import time
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import BETAS, fast_precision, learning_rate_share, plot_log
-from chapters.families import (AsVolumes, improve, record, resume, smooth, write_samples,
-                               write_volumes)
-from chapters.maps import PictureDenoiser
+from chapters.families import AsVolumes, improve, record, resume, smooth, write_samples, write_volumes
+from chapters.maps import PictureDenoiser, ViewReader
 from common import (Run, UserError, camera_to_world_at, command, parse_config, pick_device, save_preview,
                     save_text, to_bytes)
 from diffusion import sample
 from sample import load_models
 from shapes.packed import read_photos
-from volume_render import (ANGLES, SIZE, camera_rays, cameras, occupancy, render, render_views,
-                           render_volumes)
+from volume_render import ANGLES, SIZE, camera_rays, cameras, occupancy, render, render_views, render_volumes
 
 
 @dataclass
@@ -68,24 +65,11 @@ class Config:
 
 
 PRESETS = {"cpu": {}, "gpu": dict(size=64, width=96, steps=20000, batch=128, descent=2000),
-           "smoke": dict(size=16, width=8, steps=4, batch=4, descent=2, objects=2, seen=2, mended=2, mending=2,
-                         save_every=2, log_every=2)}
-FREE = ("out", "device", "log_every", "save_every", "fresh", "descent", "rate", "objects", "mended", "mending",
-        "guidance", "diffusion", "autodecoder")
+           "smoke": dict(size=16, width=8, steps=4, batch=4, descent=2, objects=2, seen=2, mended=2,
+                         mending=2, save_every=2, log_every=2)}
+FREE = ("out", "device", "log_every", "save_every", "fresh", "descent", "rate", "objects", "mended",
+        "mending", "guidance", "diffusion", "autodecoder")
 LOW, HIGH, SAMPLES, VIEWS = 0.05, 60.0, 48, 4     # noise levels; bins along a ray; views at once
-
-
-class ViewReader(nn.Module):
-    """Pictures (B,H,W,3) -> (B,2): cosine and sine of twice the azimuth, since fronts look like backs"""
-
-    def __init__(self, config):
-        super().__init__()
-        level = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(1, b), nn.SiLU())
-        self.layers = nn.Sequential(level(3, 32), level(32, 64), level(64, 96), nn.Flatten(),
-                                    nn.Linear(96 * (config.size // 8) ** 2, 2))
-
-    def forward(self, pictures):
-        return self.layers(pictures.permute(0, 3, 1, 2) * 2 - 1)
 
 
 def doubled(places):
@@ -191,14 +175,14 @@ def main(argv=None):
     volumes = lambda latent: model.to_volume(latent[None])
     made = torch.cat([to_bytes(render_volumes(model, volumes(one), photos.pose[some], K, config.size)[0])
                       for one in samples]).cpu()
-    rgb, train = (photos.rgb, made), max(len(photos.rgb[0]) - 8, VIEWS)       # the last photos measure the reader
+    rgb, train = (photos.rgb, made), max(len(photos.rgb[0]) - 8, VIEWS)     # the last photos test the reader
     places = place_of(photos.pose), place_of(photos.pose[some])[None].expand(len(made), -1, -1)
     torch.manual_seed(config.seed)
     network, reader = PictureDenoiser(config).to(device), ViewReader(config).to(device)
     network.mean.copy_(photos.rgb.float().mean((0, 1, 2, 3)) / 255)
     network.spread.copy_(photos.rgb.float().std() / 255)
     networks = {"network": network, "reader": reader}
-    optimizers = [torch.optim.Adam(some.parameters(), betas=BETAS) for some in networks.values()]
+    optimizers = [torch.optim.Adam(some.parameters(), betas=BETAS) for some in (network, reader)]
     step, parameters = resume(run, model, networks, optimizers), sum(p.numel() for p in network.parameters())
     print(f"photos of {len(photos.names)} objects; {parameters / 1e6:.2f} M parameters")
 
@@ -212,8 +196,7 @@ def main(argv=None):
             B = config.batch // V
             o = torch.randint(len(rgb[label]), (B, 1), generator=generator)
             view = torch.rand(B, min(train, len(rgb[label][0])), generator=generator).argsort(1)[:, :V]
-            pictures = (rgb[label][o, view].float() / 255).to(device)
-            place = places[label][o, view].to(device)
+            pictures, place = rgb[label][o, view].to(device) / 255, places[label][o, view].to(device)
             told = V == VIEWS or torch.rand((), generator=generator) < 0.5
             sigma = (LOW * (HIGH / LOW) ** torch.rand(B, generator=generator)).to(device)
             z = network.plain(pictures)
@@ -246,9 +229,9 @@ def main(argv=None):
         rows += [*to_bytes(render_views(AsVolumes(), volumes[:3], turn, SIZE)[0])]
     write_volumes(run.folder, volumes, parameters, (time.time() - began) / 3 / config.objects)
     save_preview(run.folder / "janus.png", torch.stack(rows))
-    text = "\n".join(["the azimuth that is read is off by, and by more than 22.5 degrees in", *lines])
+    text = "\n".join(["the azimuth that is read is off by, and by more than 22.5 degrees in", *lines, ""])
     print(text)
-    save_text(run.folder / "janus.txt", text + "\n")
+    save_text(run.folder / "janus.txt", text)
 
     # Stage 2's first samples, before and after
     before = stage2.latents(sample(stage2, range(config.mended)))

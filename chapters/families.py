@@ -64,45 +64,6 @@ class AsVolumes:
         self.field = field or (lambda channels, position: Autodecoder.field(self, channels, position))
 
 
-class Words(nn.Module):
-    """A codebook: `count` words of c numbers.  Vectors become their nearest word"""
-
-    def __init__(self, count, c):
-        super().__init__()
-        self.register_buffer("words", torch.randn(count, c))
-        self.register_buffer("used", torch.ones(count))                # running counts, and sums of vectors
-        self.register_buffer("sums", self.words.clone())
-
-    def nearest(self, vectors):
-        """(...,c) -> (...): the nearest word's number"""
-        return torch.cdist(vectors.flatten(0, -2), self.words).argmin(1).view(vectors.shape[:-1])
-
-    def snap(self, vectors):
-        """Vectors (...,c) -> their words"""
-        return self.words[self.nearest(vectors)]
-
-    def through(self, vectors):
-        """(...,c) -> their words, with the vectors' gradient ("straight through"); how far they are apart;
-        the vectors (P,c) and their words' numbers (P,), for `move`"""
-        tokens = self.nearest(vectors.detach())
-        spelled = self.words[tokens]
-        apart = (vectors - spelled).square().mean()
-        return (vectors + (spelled - vectors).detach(), apart, vectors.detach().flatten(0, -2),
-                tokens.flatten())
-
-    def move(self, vectors, tokens, generator):
-        """Words go to the running mean of their vectors"""
-        share = torch.full((len(tokens),), 0.02, device=tokens.device)
-        self.used.mul_(0.98).index_add_(0, tokens, share)
-        self.sums.mul_(0.98).index_add_(0, tokens, 0.02 * vectors)
-        mean = self.sums / self.used[:, None]
-        self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
-        # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
-        dead = (self.used < 0.01).nonzero()[:, 0]
-        some = vectors[torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)]
-        self.words[dead], self.used[dead], self.sums[dead] = some, 0.02, 0.02 * some
-
-
 def smooth(volume):
     """A blur by 1 2 1.  Small pictures do not show single voxels, so only this keeps neighbours alike"""
     return F.avg_pool3d(F.avg_pool3d(volume, 2, 1, 1, count_include_pad=False), 2, 1)

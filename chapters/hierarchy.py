@@ -5,19 +5,17 @@ diffusions:
     p(V, g, c, f) = p(V | g, c, f)  p(f | g, c)  p(c | g)  p(g)
 
 V are voxels of density and colour, here stage 1's volumes.  An autoencoder writes V as three latents: g, 32
-numbers for the whole object; c, coarse voxels; f, a fine map seen from above.  As in the paper all networks
-are 2D: a voxel's height stands in the channels.  A KL term keeps g small; the vectors of c and f become words
-of codebooks.  Then one denoiser learns g, a second one c when it is told g, and a third one f when it is told
-both.  The paper's reason: no diffusion copes with all voxels at once, and each of these is small.  What does
-each level decide?  See levels.png: two are held, and the third is drawn anew.
+numbers for the whole object; c, coarse voxels; f, a fine map seen from above.  A KL term keeps g small; the
+vectors of c and f become words of codebooks.  Then one denoiser learns g, a second one c when it is told g,
+and a third one f when it is told both.  The paper's reason: no diffusion copes with all voxels at once, and
+each of these is small.  levels.png shows what each decides: two are held, and the third is drawn anew.
 
 Density stands in V as a number of its own (explicit).  With --implicit V holds features, and a small network
 makes density and colour of the features at each point.  The paper found explicit density better.
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
-out  runs/hierarchy/                 last.pt, log.jsonl, curve.png, volumes.pt, samples.png, written.png,
-                                     levels.png
-run  python -m chapters.hierarchy                                two CPU cores: 15 min (row L4)
+out  runs/hierarchy/                 last.pt, log.jsonl, curve.png, volumes.pt and three pictures
+run  python -m chapters.hierarchy                                TIMEHIER (row L4)
      python -m chapters.hierarchy --implicit --out runs/implicit
      python -m lab.evaluate --rows runs/hierarchy                in the lab's table
 read Levels, Makers, main; and Maker in maps.py.
@@ -31,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import BETAS, fast_precision, learning_rate_share, load_autodecoder, plot_log
-from chapters.families import (AsVolumes, Words, follow, improve, pictures_apart, record, resume, to_learn,
-                               with_box, write_volumes)
-from chapters.maps import Block2d, Maker
+from chapters.families import (AsVolumes, follow, improve, pictures_apart, record, resume, to_learn, with_box,
+                               write_volumes)
+from chapters.maps import Block2d, Maker, Words, as_map, as_vectors
 from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
 from diffusion import noise_of
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views, voxel_opacity
@@ -57,7 +55,6 @@ class Config:
     rays: int = 512                      # rays through each volume (at least 8)
     lr: float = 2e-3                     # learning rate of all, at its highest
     ema: float = 0.998                   # decay of the denoisers' averaged weights (from 0 to 1)
-    heun: int = 18                       # steps of the sampler (at least 2)
     count: int = 192                     # samples drawn at the end (at least 2)
     seed: int = 0                        # of the weights, the batches and the samples
     device: str = "auto"                 # auto, cpu or cuda
@@ -68,9 +65,9 @@ class Config:
 
 PRESETS = {"cpu": {}, "gpu": dict(width=256, maker=256, first_steps=20000, steps=20000),
            "smoke": dict(recombinations=16, whole=4, words=8, width=8, maker=8, first_steps=4, steps=4,
-                         batch=2, rays=32, heun=3, count=2, save_every=2, log_every=2)}
-FREE = ("out", "device", "log_every", "save_every", "fresh", "count", "heun")
-FEATURES, PLAIN = 8, AsVolumes()         # numbers in an implicit voxel; who shows explicit ones
+                         batch=2, rays=32, count=2, save_every=2, log_every=2)}
+FREE = ("out", "device", "log_every", "save_every", "fresh", "count")
+FEATURES, HEUN, PLAIN = 8, 18, AsVolumes()   # numbers in an implicit voxel; steps; who shows explicit ones
 
 
 class Levels(nn.Module):
@@ -80,12 +77,12 @@ class Levels(nn.Module):
         super().__init__()
         w, self.out = config.width, FEATURES if config.implicit else 4
         block = lambda: nn.Sequential(Block2d(w), Block2d(w))
-        # A column of voxels, and 2x2 columns at once, stand in the channels
+        # As in the paper, all is 2D: a column of voxels, and 2x2 columns at once, stand in the channels
         self.enter, self.fine, self.coarse = nn.Conv2d(4 * N * 4, w, 1), block(), block()
-        self.to_f, self.to_c = nn.Conv2d(w, 4, 1), nn.Conv2d(w, N, 1)
-        self.to_g = nn.Linear(w, 2 * config.whole)
+        self.to_f, self.to_c, G = nn.Conv2d(w, 4, 1), nn.Conv2d(w, N, 1), config.whole
+        self.to_g = nn.Linear(w, 2 * G)
         self.f_words, self.c_words = Words(config.words, 4), Words(config.words, 4)
-        self.from_g, self.from_c = nn.Linear(config.whole, w), nn.Conv2d(N, w, 3, padding=1)
+        self.from_g, self.from_c = nn.Linear(G, w), nn.Conv2d(N, w, 3, padding=1)
         self.from_f, self.low, self.high = nn.Conv2d(4, w, 3, padding=1), block(), block()
         self.leave = nn.Conv2d(w, self.out * N * 4, 3, padding=1)
         self.head = nn.Sequential(nn.Linear(FEATURES, 32), nn.SiLU(), nn.Linear(32, 4))
@@ -111,15 +108,6 @@ class Levels(nn.Module):
         return PLAIN.field(self.head(channels), position)
 
 
-def as_vectors(c):
-    """(B,4n,n,n), heights in the channels -> (B,n,n,n,4)"""
-    return c.view(len(c), 4, -1, *c.shape[2:]).movedim(1, -1)
-
-
-def as_map(c):
-    return c.movedim(-1, 1).flatten(1, 2)
-
-
 class Makers(nn.ModuleDict):
     """The three denoisers: of g, of c when told g, of f when told both"""
 
@@ -137,8 +125,8 @@ class Makers(nn.ModuleDict):
 
     def sample(self, levels, draws, steps, g=None, c=None):
         """Each level from those above, which may be given -> maps g, c, f"""
-        nothing = levels.f_words.words.new_zeros(len(draws), 0, 1, 1)
-        g = self["g"].sample(nothing, draws, steps) if g is None else g
+        if g is None:
+            g = self["g"].sample(levels.f_words.words.new_zeros(len(draws), 0, 1, 1), draws, steps)
         # What is drawn becomes words, as the autoencoder's own vectors did
         if c is None:
             c = self["c"].sample(self.told("c", g, None), draws, steps)
@@ -169,13 +157,14 @@ def first_losses(levels, volume, config, generator, fast):
     """The autoencoder's, with their weights {name: loss}; and what moves the words of c and f"""
     with fast:
         mean, log_variance, c, f = levels.encode(volume)
-        (c, c_apart, *c_spoken), (f, f_apart, *f_spoken) = levels.c_words.through(c), levels.f_words.through(f)
+        c, c_apart, *c_spoken = levels.c_words.through(c)
+        f, f_apart, *f_spoken = levels.f_words.through(f)
         g = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
         made = levels.decode(g, c, f)
     losses = {"pictures": pictures_apart(volume, made, levels.field, config.rays, generator),
               "kl": config.kl / 2 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(),
               "apart": 0.01 * (c_apart + f_apart)}
-    if not config.implicit:                                  # density has a place of its own, so it can be shown
+    if not config.implicit:                              # density has a place of its own, so it can be shown
         density = torch.tanh(made[:, 0] / 4) - torch.tanh(volume[:, 0] / 4)
         losses["density"] = config.density * density.square().mean()
     return losses, c_spoken, f_spoken
@@ -194,7 +183,7 @@ def main(argv=None):
                      for some in (data, own))
     own, N, maps, total = own.float(), own.shape[-1], None, config.first_steps + config.steps
     if N % 8 or len(names) < 3:
-        raise UserError(f"{config.autodecoder}: 8, 16, 32, ... voxels a side and at least 3 objects are wanted")
+        raise UserError(f"{config.autodecoder}: 8, 16, 32, ... voxels a side, and 3 objects, are wanted")
     torch.manual_seed(config.seed)
     levels, makers = Levels(config, N).to(device), Makers(config, N).to(device)
     average = copy.deepcopy(makers).requires_grad_(False)
@@ -203,7 +192,6 @@ def main(argv=None):
     step = resume(run, model, networks, optimizers)
     parameters = sum(p.numel() for some in (levels, makers) for p in some.parameters())
     print(f"{len(data)} volumes; {parameters / 1e6:.2f} M parameters")
-
     with run:
         while step < total:
             second = step >= config.first_steps
@@ -239,27 +227,24 @@ def main(argv=None):
     save_picture(run.folder / "written.png", grid(to_bytes(torch.cat([before[:8], after[:8]])), 8))
     began, draws = time.time(), [noise_of(seed) for seed in range(config.count)]
     with torch.no_grad():
-        maps = [torch.cat(some) for some in zip(*[average.sample(levels, draws[k:k + 32], config.heun)
+        maps = [torch.cat(some) for some in zip(*[average.sample(levels, draws[k:k + 32], HEUN)
                                                   for k in range(0, config.count, 32)])]
-        volumes = read(levels, maps)
-        if config.implicit:                                       # the small network's answer at the voxels
-            volumes = levels.head(volumes.movedim(1, -1)).movedim(-1, 1)
+        # (Of features, the small network's answer at the voxels' centres)
+        volumes = levels.head(read(levels, maps).movedim(1, -1)).movedim(-1, 1)
         write_volumes(run.folder, volumes, parameters, (time.time() - began) / config.count)
-
         # What does each level decide?  Seed 0, and seven times one level anew (f, c, g), then all of them
         g, c, f = (some[:1].expand(7, *some.shape[1:]) for some in maps)
         again, first = [noise_of(1000 + k) for k in range(7)], read(levels, [some[:1] for some in maps])
-        new = average.sample(levels, again, config.heun)
-        rows = [(g, c, average.sample(levels, again, config.heun, g, c)[2]),
-                (g, average.sample(levels, again, config.heun, g)[1], f), (new[0], c, f), new]
+        new = average.sample(levels, again, HEUN)
+        rows = [(g, c, average.sample(levels, again, HEUN, g, c)[2]),
+                (g, average.sample(levels, again, HEUN, g)[1], f), (new[0], c, f), new]
         rows = [look(show, torch.cat([first, read(levels, row)])) for row in rows]
     save_picture(run.folder / "levels.png", grid(to_bytes(torch.cat(rows)), 8))
     moved = ", ".join(f"{name} {(row[1:] - row[:1]).square().mean().sqrt():.3f}"
                       for name, row in zip(("f", "c", "g", "all"), rows))
     plot_log(run.folder, "loss", pictures="pictures", g="g", c="c", f="f")
-    print(f"wrote {run.folder}: last.pt, volumes.pt, samples.png, written.png, levels.png.  Written and read, an "
-          f"object has {psnr(after, before):.2f} dB of stage 1's picture.  Drawn anew, a level moves pictures by: "
-          f"{moved}")
+    print(f"wrote {run.folder}.  From its latents an object has {psnr(after, before):.2f} dB of stage 1's "
+          f"picture.  Drawn anew, a level moves pictures by {moved}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """
-A chapter on stages 1 and 2: adversarial learning from pictures (pi-GAN, EG3D, GET3D).  No codes of objects, no
-latents, no diffusion, and no two photos known to be of one object:
+A chapter on stages 1 and 2: adversarial learning from pictures (pi-GAN, EG3D, GET3D).  No codes of objects,
+no latents, no diffusion, and nobody says which photos show one object:
 
-    min over G, max over D    mean log s(D(photo, camera)) + mean log(1 - s(D(render(G(noise), camera), camera)))
+    min over G, max over D    mean log s(D(photo)) + mean log(1 - s(D(render(G(noise), camera))))
 
 G turns random numbers into a volume.  It is stage 1's decoder, untrained, with noise in the place of a code.
-A renderer shows the volume to a camera drawn from the photos' cameras, and D, a 2D network, says whether it
-looks like a photo.  D is told the camera, as in EG3D.  Its gradient comes back through the renderer.  So 3D is
-learned from single photos, because one volume must look right from any camera that may be drawn.
+A renderer shows the volume to a camera drawn from the photos' cameras.  D, a 2D network, is told the camera
+(as in EG3D) and says whether the picture looks like a photo; s is the sigmoid.  Its gradient comes back
+through the renderer.  One volume must look right from any camera, and this alone makes it 3D.
 
 What goes wrong?  *Collapse*, as with every GAN: few objects for all noise.  It is counted (`named`).  And the
 *hollow face*: if all photos are taken from the front, nothing is known of the depth, and a flat or hollow
@@ -15,9 +15,9 @@ shape convinces D just as well.  `--front 40` keeps only such photos; look at tu
 
 in   data/earphones_train/       photos and cameras
 out  runs/image_gan/             last.pt, log.jsonl, curve.png, previews/, volumes.pt, samples.png, turned.png
-run  python -m chapters.image_gan                                    two CPU cores: 15 min (row L5)
-     python -m chapters.image_gan --front 40 --out runs/hollow       photos from the front alone
-     python -m lab.evaluate --rows runs/image_gan                    in the lab's table
+run  python -m chapters.image_gan                                              TIMEGAN (row L5)
+     python -m chapters.image_gan --front 40 --steps 1200 --out runs/hollow    photos from the front alone
+     python -m lab.evaluate --rows runs/image_gan                              in the lab's table
 read Critic, pictures_of, main.
 """
 import copy
@@ -44,7 +44,7 @@ class Config:
     data: str = "data/earphones_train"   # a folder of photos in the SRN layout (shapes/README.md)
     out: str = "runs/image_gan"          # folder for the model, the log and the samples
     size: int = 32                       # pixels along a photo's side (at least 16)
-    front: float = 180.0                 # largest angle between a camera and the front, degrees (from 10 to 180)
+    front: float = 180.0                 # a camera's largest angle to the front, degrees (from 10 to 180)
     noise: int = 64                      # random numbers for each sample (from 2 to 4096)
     channels: tuple = (48, 24)           # widths of the generator's levels (at least 1)
     critic: tuple = (32, 64, 128)        # widths of the critic's; each halves the picture (at least 1)
@@ -63,10 +63,12 @@ class Config:
     fresh: bool = False                  # throw away the run in --out and start over
 
 
-PRESETS = {"cpu": {}, "gpu": dict(size=64, channels=(128, 64, 32), critic=(64, 128, 256, 256), batch=32, steps=30000),
+PRESETS = {"cpu": {}, "gpu": dict(size=64, channels=(128, 64, 32), critic=(64, 128, 256, 256), batch=32,
+                                  steps=30000),
            "smoke": dict(size=16, noise=4, channels=(8,), critic=(8, 8), samples=8, steps=4, batch=2, count=2,
                          preview_every=2, save_every=2, log_every=2)}
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh", "count")
+TURN = [(-90, 15), (-60, 15), (-30, 15), (0, 15), (90, 15)]      # azimuth and elevation; the front is at -90
 
 
 class Critic(nn.Module):
@@ -87,15 +89,14 @@ class Critic(nn.Module):
 
 
 def make_generator(config):
-    """Stage 1's decoder for a code of random numbers -> the network, and a function noise (B,K) -> volumes"""
+    """Stage 1's decoder, for codes of random numbers"""
     half = config.noise // 2
-    network = Autodecoder(autodecoder.Config(shape_width=half, colour_width=config.noise - half, latent_resolution=8,
-                                             channels=config.channels, samples=config.samples), 1)
-    return network
+    return Autodecoder(autodecoder.Config(shape_width=half, colour_width=config.noise - half,
+                                          channels=config.channels, samples=config.samples), 1)
 
 
 def volumes_of(network, noise):
-    """A code ends with three stretches, which stay 0 here"""
+    """noise (B,K) -> volumes (B,4,N,N,N).  A code ends with three stretches, which stay 0 here"""
     return smooth(network.volumes_of(F.pad(noise, (0, 3))))
 
 
@@ -139,7 +140,8 @@ def main(argv=None):
     maker, critic = make_generator(config).to(device), Critic(config).to(device)
     average = copy.deepcopy(maker).requires_grad_(False)
     weights = [p for name, p in maker.named_parameters() if name not in ("shapes", "colours")]
-    optimizers = [torch.optim.Adam(net, config.lr, betas=(0.0, 0.99)) for net in (weights, critic.parameters())]
+    optimizers = [torch.optim.Adam(some, config.lr, betas=(0.0, 0.99))
+                  for some in (weights, critic.parameters())]
     networks = {"maker": maker, "critic": critic, "average": average}
     step = resume(run, None, networks, optimizers)
     parameters = sum(p.numel() for p in weights)
@@ -155,10 +157,11 @@ def main(argv=None):
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             real, seen, again = some[torch.randint(len(some), (3, config.batch), generator=generator)]
             noise = torch.randn(2, config.batch, config.noise, generator=generator).to(device)
-            place = torch.rand(2, config.batch, config.size ** 2, config.samples, generator=generator).to(device)
-            show = lambda k, which: pictures_of(maker, noise[k], poses[which].to(device), K, config, place[k])
+            place = torch.rand(2, config.batch, config.size ** 2, config.samples, generator=generator)
+            show = lambda k, which: pictures_of(maker, noise[k], poses[which].to(device), K, config,
+                                                place[k].to(device))
 
-            # The critic: up on photos, down on renderings
+            # The critic: up on photos, down on renderings.  It is told where each picture's camera stands
             critic_of = lambda which: lambda pictures: critic(pictures, places[which].to(device))
             said, steep = r1_penalty(critic_of(real), (rgb[real].float() / 255).to(device))
             with torch.no_grad():
@@ -181,7 +184,7 @@ def main(argv=None):
             step += 1
 
             if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, maker=maker_loss.item(), critic=critic_loss.item(), steep=steep.item(),
+                run.log(step, config.steps, maker=maker_loss.item(), critic=critic_loss.item(),
                         real=said.sigmoid().mean().item(), made=told.sigmoid().mean().item())
             if step % config.preview_every == 0 or step == config.steps:
                 turned = render_views(AsVolumes(), drawn(range(8)), cameras(TURN), 2 * config.size)[0]
@@ -196,12 +199,10 @@ def main(argv=None):
     turned = render_views(AsVolumes(), volumes[:8], cameras(TURN), 2 * config.size)[0]
     save_preview(run.folder / "turned.png", to_bytes(turned.transpose(0, 1)))
     plot_log(run.folder, "share taken for photos", real="photos", made="renderings")
-    print(f"wrote {run.folder}: last.pt, volumes.pt, samples.png, curve.png, turned.png (each object from the "
-          f"front, further and further round).  {named(volumes[:64], photos)} of {len(photos.names)} objects are "
-          "the nearest of some of 64 samples")
+    print(f"wrote {run.folder}: last.pt, volumes.pt, samples.png, curve.png, turned.png (each from the "
+          f"front, and further round).  {named(volumes[:64], photos)} of {len(photos.names)} objects are the "
+          "nearest of some of 64 samples")
 
-
-TURN = [(-90, 15), (-60, 15), (-30, 15), (0, 15), (90, 15)]              # where the front is -90 degrees
 
 if __name__ == "__main__":
     command(main)

@@ -1,6 +1,7 @@
 """
-2D networks of two chapters: a denoiser of maps (hierarchy.py), and one of pictures that may see several views of
-an object at once (distill.py).  Both are EDM's, as in stage 2: a linear guess, and a network for the rest.
+Networks that chapters on other families share: a codebook (autoregressive.py, hierarchy.py), a denoiser of
+maps (hierarchy.py), and one of pictures that may see several views of an object at once (distill.py).  Both
+denoisers are EDM's, as in stage 2: a linear guess, and a network for the rest.
 """
 from types import SimpleNamespace
 
@@ -9,6 +10,45 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import choose_levels, heun_sample, level_embedding
+
+
+class Words(nn.Module):
+    """A codebook: `count` words of c numbers.  Vectors become their nearest word"""
+
+    def __init__(self, count, c):
+        super().__init__()
+        self.register_buffer("words", torch.randn(count, c))
+        self.register_buffer("used", torch.ones(count))                # running counts, and sums of vectors
+        self.register_buffer("sums", self.words.clone())
+
+    def nearest(self, vectors):
+        """(...,c) -> (...): the nearest word's number"""
+        return torch.cdist(vectors.flatten(0, -2), self.words).argmin(1).view(vectors.shape[:-1])
+
+    def snap(self, vectors):
+        """Vectors (...,c) -> their words"""
+        return self.words[self.nearest(vectors)]
+
+    def through(self, vectors):
+        """(...,c) -> their words, with the vectors' gradient ("straight through"); how far they are apart;
+        the vectors (P,c) and their words' numbers (P,), for `move`"""
+        tokens = self.nearest(vectors.detach())
+        spelled = self.words[tokens]
+        apart = (vectors - spelled).square().mean()
+        return (vectors + (spelled - vectors).detach(), apart, vectors.detach().flatten(0, -2),
+                tokens.flatten())
+
+    def move(self, vectors, tokens, generator):
+        """Words go to the running mean of their vectors"""
+        share = torch.full((len(tokens),), 0.02, device=tokens.device)
+        self.used.mul_(0.98).index_add_(0, tokens, share)
+        self.sums.mul_(0.98).index_add_(0, tokens, 0.02 * vectors)
+        mean = self.sums / self.used[:, None]
+        self.words.copy_(torch.where(self.used[:, None] > 0.01, mean, self.words))
+        # A word that nobody uses becomes some vector of this batch, else most of the codebook dies
+        dead = (self.used < 0.01).nonzero()[:, 0]
+        some = vectors[torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)]
+        self.words[dead], self.used[dead], self.sums[dead] = some, 0.02, 0.02 * some
 
 
 class Block2d(nn.Module):
@@ -28,6 +68,19 @@ class Block2d(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
+def two_layers(a, b):
+    return nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Linear(b, b), nn.SiLU())
+
+
+def as_vectors(c):
+    """(B,4n,n,n), heights in the channels -> (B,n,n,n,4)"""
+    return c.view(len(c), 4, -1, *c.shape[2:]).movedim(1, -1)
+
+
+def as_map(c):
+    return c.movedim(-1, 1).flatten(1, 2)
+
+
 class Maker(nn.Module):
     """A denoiser of maps (B,C,h,w) that is told other maps (B,K,h,w)"""
 
@@ -35,9 +88,10 @@ class Maker(nn.Module):
         super().__init__()
         self.half, self.channels = 16, channels
         self.enter = nn.Conv2d(channels + told, width, 3, padding=1)
-        self.level = nn.Sequential(nn.Linear(2 * self.half, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.level = two_layers(2 * self.half, width)
         self.blocks = nn.ModuleList([Block2d(width, width) for _ in range(4)])
-        self.leave = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.leave = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(),
+                                   nn.Conv2d(width, channels, 3, padding=1))
         for name, shape in dict(levels=(1000,), mean=(channels, 1, 1), spread=(channels, 1, 1)).items():
             self.register_buffer(name, torch.ones(shape))
 
@@ -77,7 +131,7 @@ class PictureDenoiser(nn.Module):
     def __init__(self, config):
         super().__init__()
         w, self.half = config.width, 16
-        self.level = nn.Sequential(nn.Linear(2 * self.half + 5, 4 * w), nn.SiLU(), nn.Linear(4 * w, 4 * w), nn.SiLU())
+        self.level = two_layers(2 * self.half + 5, 4 * w)
         self.enter, block = nn.Conv2d(3, w, 3, padding=1), lambda width: Block2d(width, 4 * w)
         self.down = nn.ModuleList([block(w), block(2 * w), block(4 * w)])
         self.up = nn.ModuleList([block(w), block(2 * w), block(4 * w)])
@@ -93,9 +147,9 @@ class PictureDenoiser(nn.Module):
         stage 2's samples -> clean pictures"""
         B, V, H = x.shape[:3]
         total = (1 + sigma ** 2).sqrt().view(-1, 1, 1, 1, 1)
-        told = torch.cat([level_embedding(sigma.log() / 4, self.half)[:, None].expand(-1, V, -1), places,
-                          places.norm(dim=2, keepdim=True), made.view(-1, 1, 1).expand(-1, V, 1)], 2).flatten(0, 1)
-        told = self.level(told)
+        level = level_embedding(sigma.log() / 4, self.half)[:, None].expand(-1, V, -1)
+        told = self.level(torch.cat([level, places, places.norm(dim=2, keepdim=True),
+                                     made.view(-1, 1, 1).expand(-1, V, 1)], 2).flatten(0, 1))
         h, kept = self.enter((x / total).flatten(0, 1).permute(0, 3, 1, 2)), []
         for k, level in enumerate(self.down):
             h = level(F.avg_pool2d(self.wider[k - 1](h), 2) if k else h, told)
@@ -113,3 +167,16 @@ class PictureDenoiser(nn.Module):
 
     def plain(self, pictures):
         return (pictures - self.mean) / self.spread
+
+
+class ViewReader(nn.Module):
+    """Pictures (B,H,W,3) -> (B,2): cosine and sine of twice the azimuth, since fronts look like backs"""
+
+    def __init__(self, config):
+        super().__init__()
+        level = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(1, b), nn.SiLU())
+        self.layers = nn.Sequential(level(3, 32), level(32, 64), level(64, 96), nn.Flatten(),
+                                    nn.Linear(96 * (config.size // 8) ** 2, 2))
+
+    def forward(self, pictures):
+        return self.layers(pictures.permute(0, 3, 1, 2) * 2 - 1)

@@ -1,14 +1,14 @@
 """
-A chapter on all stages at once: diffusion through the renderer (RenderDiffusion, HoloDiffusion, DMV3D).  There
-is no stage 1, no code and no latent:
+A chapter on all stages at once: diffusion through the renderer (RenderDiffusion, HoloDiffusion, DMV3D).
+There is no stage 1, no code and no latent:
 
     min over G    mean | render(G(photos + sigma n, cameras, sigma), any camera) - photo from there |^2
 
-A denoiser of pictures usually answers with pictures.  This one answers with a volume: it lifts a few noised
-photos of an object into space (chapters/lift.py), a decoder makes a volume of that, and the renderer makes the
-pictures that are compared.  So the 3D object is inside the denoiser, as a bottleneck.  To sample, we begin
-with pictures of pure noise, at cameras around nothing.  At each step G guesses a volume, and its renderings
-are the pictures that the noise moves towards.  The last guess is the object.
+A denoiser of pictures usually answers with pictures.  This one answers with a volume.  It lifts a few noised
+photos of an object into space (chapters/lift.py), a decoder makes a volume of that, and the renderer makes
+the pictures that are compared.  So the 3D object is inside the denoiser, as a bottleneck.  To sample, we
+begin with pictures of pure noise, at cameras around nothing.  At each step G guesses a volume, and its
+renderings are the pictures that the noise moves towards.  The last guess is the object.
 
 Photos of one object must be known to belong together.  With `--views 1` only one is noised, as in
 RenderDiffusion: then what is behind is guessed from one side.
@@ -36,7 +36,7 @@ from chapters.lift import Lift
 from common import Run, UserError, command, intrinsics_at, parse_config, pick_device, save_preview, to_bytes
 from diffusion import noise_of
 from shapes.packed import read_photos
-from volume_render import ANGLES, SIZE, cameras, render_views, render_volumes
+from volume_render import cameras, render_volumes
 
 
 @dataclass
@@ -72,11 +72,12 @@ class Config:
     fresh: bool = False                  # throw away the run in --out and start over
 
 
-PRESETS = {"cpu": {}, "gpu": dict(width=128, blocks=6, channels=(128, 64), steps=30000, batch_objects=16, rays=32768),
-           "smoke": dict(size=16, views=2, width=8, blocks=1, channels=(8,), samples=8, rays=64, batch_objects=2, steps=4,
-                         dense_steps=2, walk=3, count=2, save_every=2, log_every=2)}
+PRESETS = {"cpu": {}, "gpu": dict(width=128, blocks=6, channels=(128, 64), steps=30000, batch_objects=16,
+                                  rays=32768),
+           "smoke": dict(size=16, views=2, width=8, blocks=1, channels=(8,), samples=8, rays=64,
+                         batch_objects=2, steps=4, dense_steps=2, walk=3, count=2, save_every=2, log_every=2)}
 FREE = ("out", "device", "log_every", "save_every", "fresh", "count", "walk")
-PAINT = autodecoder.Config(recolour=1.0, stretched=0.0)      # of stage 1's photos that nobody took: colours alone
+PAINT = autodecoder.Config(recolour=1.0, stretched=0.0)      # of the photos that nobody took: colours alone
 
 
 class Pictures(nn.Module):
@@ -93,22 +94,25 @@ class Pictures(nn.Module):
         # The fourth channel says how much noise there is.  All numbers stay near 1
         sigma = sigma.view(-1, 1, 1, 1, 1)
         level = (sigma.log() / 4).expand(*noised.shape[:-1], 1)
+        seen = torch.cat([noised / (1 + sigma ** 2).sqrt(), level], -1)
         with fast_precision(self.config, noised.device):
-            return self.decoder.to_volume(self.lift(torch.cat([noised / (1 + sigma ** 2).sqrt(), level], -1), poses, K))
+            return self.decoder.to_volume(self.lift(seen, poses, K))
 
 
 @torch.no_grad()
 def drawn(network, seeds, config, trace=None):
     """-> volumes (B,4,N,N,N), from pictures of noise at cameras around the object"""
-    poses = cameras([(40 + 360 * k / config.views, 15) for k in range(config.views)]).to(network.decoder.shapes)
-    K, B = intrinsics_at(1).float().to(poses), len(seeds)
+    poses = cameras([(40 + 360 * k / config.views, 15) for k in range(config.views)])
+    poses = poses.to(network.decoder.shapes)
+    K, B, real = intrinsics_at(1).float().to(poses), len(seeds), intrinsics_at(config.size).float()
     draws = [noise_of(seed) for seed in seeds]
-    noise = lambda: torch.stack([draw((config.views, config.size, config.size, 3)) for draw in draws]).to(poses)
+    shape = config.views, config.size, config.size, 3
+    noise = lambda: torch.stack([draw(shape) for draw in draws]).to(poses)
     sigmas = torch.linspace(math.log(config.high), math.log(config.low), config.walk).exp().tolist()
     x, show = config.high * noise(), AsVolumes()
     for now, after in zip(sigmas, [*sigmas[1:], 0]):
         volumes = network(x, poses.expand(B, -1, -1, -1), K.expand(B, 3, 3), torch.full((B,), now).to(poses))
-        seen = render_volumes(show, volumes, poses, intrinsics_at(config.size).float(), config.size)[0] * 2 - 1
+        seen = 2 * render_volumes(show, volumes, poses, real, config.size)[0] - 1
         if trace is not None:
             trace.append((x, seen))
         # DDPM's step, as in stage 2: part of the noise is kept, part is drawn anew
@@ -150,15 +154,16 @@ def main(argv=None):
             given, solid = photos.rgb[o, view].float() / 255, photos.mask[o, view].float() / 255
 
             # Some objects in the colours of others, in the noised photos and in what is asked for alike
-            batch = (*rays, torch.cat([given.flatten(1, 3), rgb], 1), torch.cat([solid.flatten(1), opacity], 1))
-            *_, (*rays, colours, _) = photos_nobody_took(objects, batch, palettes, extents, PAINT, config.recolour,
-                                                         generator)
+            both = torch.cat([given.flatten(1, 3), rgb], 1), torch.cat([solid.flatten(1), opacity], 1)
+            *_, (*rays, colours, _) = photos_nobody_took(objects, (*rays, *both), palettes, extents, PAINT,
+                                                         config.recolour, generator)
             given, rgb = colours[:, :-rgb.shape[1]].view(given.shape), colours[:, -rgb.shape[1]:]
 
             # One level for all photos of an object, spread evenly over log sigma
             u = (torch.arange(B) + torch.rand(B, generator=generator)) / B
             sigma = (math.log(config.low) + u * math.log(config.high / config.low)).exp()
-            noised = 2 * given - 1 + sigma.view(-1, 1, 1, 1, 1) * torch.randn(given.shape, generator=generator)
+            noise = torch.randn(given.shape, generator=generator)
+            noised = 2 * given - 1 + sigma.view(-1, 1, 1, 1, 1) * noise
             volume = network(noised.to(device), photos.pose[o, view].to(device), K.expand(B, 3, 3).to(device),
                              sigma.to(device))
             batch = [some.to(device) for some in (*rays, rgb, opacity)]
@@ -172,15 +177,15 @@ def main(argv=None):
                    {"loss": loss, "photo": photo, "opacity": alpha})
 
     began, trace = time.time(), []
-    volumes = torch.cat([drawn(average, range(k, min(k + 16, config.count)), config, trace if k == 0 else None)
-                         for k in range(0, config.count, 16)])
+    parts = [range(k, min(k + 16, config.count)) for k in range(0, config.count, 16)]
+    volumes = torch.cat([drawn(average, seeds, config, None if seeds[0] else trace) for seeds in parts])
     write_volumes(run.folder, volumes, parameters, (time.time() - began) / config.count)
     some = torch.linspace(0, config.walk - 1, min(8, config.walk)).long()
     rows = [torch.stack([(trace[k][which][0, 0] / 2 + 0.5).clamp(0, 1) for k in some]) for which in (0, 1)]
     save_preview(run.folder / "steps.png", to_bytes(torch.stack(rows)))
     plot_log(run.folder, "squared error", photo="renderings")
-    print(f"wrote {run.folder}: last.pt, volumes.pt, samples.png, curve.png, steps.png (above what G sees, below "
-          "what it answers, from pure noise to the end)")
+    print(f"wrote {run.folder}: last.pt, volumes.pt, samples.png, curve.png, steps.png (above what G sees, "
+          "below what it answers, from pure noise to the end)")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """
 FID and KID: the numbers by which papers on pictures compare, for those who have Inception's weights.
 
-    FID   Frechet distance of two Gaussians, fitted to the features of two sets of pictures (Heusel et al. 2017):
-          |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).  Biased: it falls as sets grow, so compare equal sizes
-    KID   the kernel distance of the same features, with (x y / d + 1)^3 (Binkowski et al. 2018), x 1,000: unbiased
+    FID   Frechet distance of two Gaussians, fitted to the features of two sets of pictures (Heusel et al.
+          2017): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).  It falls as sets grow: compare equal sizes
+    KID   the kernel distance of the same features, with (x y / d + 1)^3 (Binkowski et al. 2018), x 1,000:
+          unbiased
 
 Nothing is downloaded here, so the network that everybody compares by, Inception v3, must be given as a file:
 pytorch-fid's pt_inception-2015-12-05-6726825d.pth, whose numbers papers print, or torchvision's
-inception_v3_google-0cc3c7bd.pth.  They pool differently, and give different numbers.  evaluate.py's own distance
-of pictures, by the features of a network that is trained here, needs no file.
+inception_v3_google-0cc3c7bd.pth.  They pool differently, and give different numbers.  The lab's own distance
+of pictures (evaluate.py), by the features of a network that is trained here, needs no file.
 
 in   runs/diffusion, runs/autodecoder (or the model in the box); Inception's weights
 out  runs/fid/fid.md     fresh objects, ours, training objects, chapters: four pictures of each
@@ -48,7 +49,7 @@ class Config:
 PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=4, cache="runs/fresh_smoke")}
 
 
-# ------------------------------------------------------------------------------------------------ Inception v3
+# ----------------------------------------------------------------------------------------------- Inception v3
 # Szegedy et al. 2016; the layers have torchvision's names, so its files, and pytorch-fid's, can be read
 
 class Convolution(nn.Module):
@@ -62,7 +63,7 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, each a chain of convolutions, and one that pools; their outputs are put together"""
+    """Branches side by side, each a chain of convolutions, and one that pools"""
 
     def __init__(self, inner, chains, pool, pooled=0, stride=1):
         super().__init__()
@@ -91,8 +92,8 @@ class Mixed(nn.Module):
             found.append(h)
         if self.stride == 2:
             return torch.cat([*found, F.max_pool2d(x, 3, 2)], 1)
-        # pytorch-fid's weights come from a network that leaves the padding out of the mean, and whose last block
-        # takes the largest
+        # pytorch-fid's weights come from a network that leaves the padding out of the mean, and whose last
+        # block takes the largest
         h = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.avg_pool2d(
             x, 3, 1, 1, count_include_pad=self.pool == "padded mean")
         return torch.cat([*found, self.branch_pool(h)], 1)
@@ -115,26 +116,29 @@ class Inception(nn.Module):
 
         def add(name, chains, pooled=0, stride=1, pool=mean):
             nonlocal width
-            chains = {k: [(f"branch{k}{part}", *layer) for part, *layer in chain] for k, chain in chains.items()}
+            chains = {k: [(f"branch{k}{part}", *layer) for part, *layer in chain]
+                      for k, chain in chains.items()}
             self.add_module(f"Mixed_{name}", Mixed(width, chains, pool, pooled, stride))
             width = self.get_submodule(f"Mixed_{name}").width
 
         for name, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
             add(name, {"1x1": [("", 64, 1)], "5x5": [("_1", 48, 1), ("_2", 64, 5)],
                        "3x3dbl": [("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3)]}, pooled)
-        add("6a", {"3x3": [("", 384, 3, 2)], "3x3dbl": [("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3, 2)]}, stride=2)
+        add("6a", {"3x3": [("", 384, 3, 2)], "3x3dbl": [("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3, 2)]},
+            stride=2)
         for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
             add(name, {"1x1": [("", 192, 1)], "7x7": [("_1", c, 1), ("_2", c, (1, 7)), ("_3", 192, (7, 1))],
                        "7x7dbl": [("_1", c, 1), ("_2", c, (7, 1)), ("_3", c, (1, 7)), ("_4", c, (7, 1)),
                                   ("_5", 192, (1, 7))]}, 192)
         add("7a", {"3x3": [("_1", 192, 1), ("_2", 320, 3, 2)],
-                   "7x7x3": [("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3, 2)]}, stride=2)
+                   "7x7x3": [("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3, 2)]},
+            stride=2)
         for name, pool in (("7b", mean), ("7c", "max" if classes == 1008 else mean)):
             pair = [("a", 384, (1, 3)), ("b", 384, (3, 1))]
             add(name, {"1x1": [("", 320, 1)], "3x3": [("_1", 384, 1), *((f"_2{k}", *l) for k, *l in pair)],
                        "3x3dbl": [("_1", 448, 1), ("_2", 384, 3), *((f"_3{k}", *l) for k, *l in pair)]}, 192,
                 pool=pool)
-        self.fc = nn.Linear(width, classes)                                 # not used: the features lie before it
+        self.fc = nn.Linear(width, classes)                      # not used: the features lie before it
 
     def forward(self, x):
         x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
@@ -148,8 +152,8 @@ class Inception(nn.Module):
 def load_inception(file):
     """The network with the weights of a file, which must have all of its names and shapes"""
     if not file:
-        raise UserError("FID compares by Inception v3, whose weights this project does not carry: give a file by "
-                        "--inception, as pytorch-fid's pt_inception-2015-12-05-6726825d.pth.  "
+        raise UserError("FID compares by Inception v3, whose weights this project does not carry: give a "
+                        "file by --inception, as pytorch-fid's pt_inception-2015-12-05-6726825d.pth.  "
                         "python -m lab.evaluate needs none")
     try:
         weights = dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -158,7 +162,7 @@ def load_inception(file):
     classes = len(weights.get("fc.bias", ()))
     with torch.device("meta"):
         network = Inception(classes or 1008)
-    wanted = {name: some for name, some in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wanted = {name: some for name, some in network.state_dict().items() if "num_batches" not in name}
     wrong = [name for name, some in wanted.items() if getattr(weights.get(name), "shape", None) != some.shape]
     if wrong:
         raise UserError(f"--inception {file} holds no Inception v3: {wrong[0]} of the shape "
@@ -170,7 +174,7 @@ def load_inception(file):
     return network.eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------- the two numbers
+# -------------------------------------------------------------------------------------------- the two numbers
 
 def frechet(a, b):
     """Features (M,K), (N,K) -> FID"""
@@ -202,13 +206,14 @@ def main(argv=None):
     run.lock.close()
     lock = Run(config.out, "fid", config, (), "fid.json", stale=()).lock
 
-    # Two sets of fresh objects: how far two sets apart are that differ by chance alone stands in the first row
+    # Two sets of fresh objects: the first row says how far apart two sets are that differ by chance alone
     count = config.count
     fresh = see_objects(run.folder / "fresh.pt", "fresh", range(2 * count), config, 8, 1, run)["rgb"][:, :4]
     seeds = range(config.seed, config.seed + count)
     ours = torch.cat([denoiser.latents(sample(denoiser, seeds[k:k + 64])) for k in range(0, count, 64)])
     sets = {"ours": (model, ours), "training objects": (model, latents_of(model, model.codes))} | families
-    look = lambda who, some: to_bytes(render_views(who, some[:count], cameras(AROUND[:4]), PIXELS, batch=2)[0])
+    poses = cameras(AROUND[:4])
+    look = lambda who, some: to_bytes(render_views(who, some[:count], poses, PIXELS, batch=2)[0])
     pictures = {"fresh objects": fresh[count:]} | {name: look(who, some.to(device))
                                                    for name, (who, some) in sets.items()}
 
@@ -220,7 +225,8 @@ def main(argv=None):
         print(f"{name}: {4 * len(rgb)} pictures", flush=True)
         found = features(rgb)
         value, deviation = kid(found, truth, torch.Generator().manual_seed(0))
-        lines.append([name, str(4 * len(rgb)), f"{frechet(found, truth):.2f}", f"{value:.2f} +- {deviation:.2f}"])
+        lines.append([name, str(4 * len(rgb)), f"{frechet(found, truth):.2f}",
+                      f"{value:.2f} +- {deviation:.2f}"])
     title = f"From {4 * count} pictures of fresh objects, by {Path(config.inception).name}"
     text = markdown(title, ["", "pictures", "FID", "KID x 1,000"], lines)
     print(text)

@@ -6,8 +6,8 @@ import torch
 
 import common
 import diffusion
-from chapters import (analytic, autoregressive, distill, families, gan3d, gaudi, hierarchy, image_gan, lift, maps,
-                      render_diffusion)
+from chapters import (analytic, autoregressive, distill, families, gan3d, gaudi, hierarchy, image_gan, lift,
+                      maps, render_diffusion)
 from common import UserError
 from lab import evaluate
 
@@ -234,8 +234,8 @@ def test_photos_are_lifted(trained, data, tmp_path, capsys):
 
 def test_heights_go_into_channels_and_back():
     c = torch.randn(2, 8, 2, 2)
-    vectors = hierarchy.as_vectors(c)
-    assert vectors.shape == (2, 2, 2, 2, 4) and torch.equal(hierarchy.as_map(vectors), c)
+    vectors = maps.as_vectors(c)
+    assert vectors.shape == (2, 2, 2, 2, 4) and torch.equal(maps.as_map(vectors), c)
     # of channel k = (number, height): the number is the vector's, the height is z
     assert vectors[1, 1, 0, 1, 3] == c[1, 3 * 2 + 1, 0, 1]
 
@@ -279,7 +279,7 @@ def test_voxels_become_three_latents_and_voxels_again(implicit):
     g, c, f = hierarchy.written(levels, volume)
     assert g.shape == (2, 3, 1, 1) and c.shape == (2, 8, 2, 2) and f.shape == (2, 4, 4, 4)
     # c and f are words of their codebooks
-    assert torch.cdist(hierarchy.as_vectors(c).reshape(-1, 4), levels.c_words.words).amin(1).max() < 1e-3
+    assert torch.cdist(maps.as_vectors(c).reshape(-1, 4), levels.c_words.words).amin(1).max() < 1e-3
     again = hierarchy.read(levels, (g, c, f))
     assert again.shape == (2, hierarchy.FEATURES if implicit else 4, 8, 8, 8)
     density, colour = levels.field(again.movedim(1, -1), None)
@@ -326,7 +326,8 @@ def test_the_front_is_where_objects_look(data):
 
 def test_a_sample_through_the_renderer_is_the_same_in_any_batch():
     torch.manual_seed(0)
-    config = render_diffusion.Config(size=8, views=2, width=8, blocks=1, channels=(8,), walk=3, precision="float32")
+    config = render_diffusion.Config(size=8, views=2, width=8, blocks=1, channels=(8,), walk=3,
+                                     precision="float32")
     network = render_diffusion.Pictures(config).eval()
     alone, three = (render_diffusion.drawn(network, seeds, config) for seeds in ([5], [4, 5, 6]))
     assert alone.shape == (1, 4, 16, 16, 16) and torch.allclose(alone[0], three[1], atol=1e-4)
@@ -363,8 +364,9 @@ def test_negative_guidance_goes_away_from_the_samples_label():
     network, x = small_denoiser(), torch.rand(1, 1, 16, 16, 3)
     network.leave[-1].weight.data.normal_()
     poses = distill.around(1, 1, torch.Generator().manual_seed(0))
-    plain, far = (distill.guided(network, x, 1.0, poses, "told nothing", torch.Generator().manual_seed(0), weight)
-                  for weight in (0.0, 2.0))
+    same = lambda: torch.Generator().manual_seed(0)
+    answer = lambda guidance: distill.guided(network, x, 1.0, poses, "told nothing", same(), guidance)
+    plain, far = answer(0.0), answer(2.0)
     z = network.plain(x) + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         label = network(z, torch.ones(1), torch.zeros(1, 1, 3), torch.ones(1)) * network.spread + network.mean
@@ -387,7 +389,8 @@ def test_descent_goes_to_what_the_denoiser_says(monkeypatch):
     colour = torch.tensor([0.5, 0.1, 0.1])
     monkeypatch.setattr(distill, "guided", lambda network, pictures, *rest: colour.expand(pictures.shape))
     config = distill.Config(size=8, descent=30, objects=1, rate=0.2)
-    volume = distill.distilled(None, config, "told nothing", common.intrinsics_at(8).float(), torch.device("cpu"))
+    K, cpu = common.intrinsics_at(8).float(), torch.device("cpu")
+    volume = distill.distilled(None, config, "told nothing", K, cpu)
     assert volume.shape == (1, 4, 32, 32, 32)
     rgb = torch.sigmoid(volume[0, 1:, 12:20, 12:20, 12:20]).mean((1, 2, 3))
     assert rgb[0] > rgb[1] + 0.1

@@ -1,5 +1,5 @@
-"""FID and KID: Inception v3 by its published size and its files' names, the formulas by closed forms, stand-in
-weights for the rest."""
+"""FID and KID: Inception v3 by its published size and its files' names, the formulas by closed forms, and
+stand-in weights for the rest."""
 import pytest
 import torch
 
@@ -15,14 +15,15 @@ def test_inception_has_its_published_size():
         network = fid.Inception()
     assert sum(p.numel() for name, p in network.named_parameters() if not name.startswith("fc")) == 21_785_568
     names = set(network.state_dict())
-    assert {"Conv2d_4a_3x3.bn.running_var", "Mixed_6c.branch7x7dbl_5.conv.weight", "Mixed_7c.branch3x3_2b.bn.bias",
-            "Mixed_7a.branch7x7x3_4.conv.weight", "Mixed_5d.branch_pool.conv.weight", "fc.bias"} <= names
+    assert {"Conv2d_4a_3x3.bn.running_var", "Mixed_6c.branch7x7dbl_5.conv.weight", "fc.bias",
+            "Mixed_7c.branch3x3_2b.bn.bias", "Mixed_7a.branch7x7x3_4.conv.weight",
+            "Mixed_5d.branch_pool.conv.weight"} <= names
 
 
 def test_a_mixed_block_is_its_branches_side_by_side():
     torch.manual_seed(0)
-    block = fid.Mixed(3, {"1x1": [("one", 2, 1)], "pair": [("in", 4, 1), ("x_2a", 5, (1, 3)), ("x_2b", 6, (3, 1))]},
-                      "mean", 7).eval()
+    pair = [("in", 4, 1), ("x_2a", 5, (1, 3)), ("x_2b", 6, (3, 1))]
+    block = fid.Mixed(3, {"1x1": [("one", 2, 1)], "pair": pair}, "mean", 7).eval()
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         found, before = block(x), getattr(block, "in")(x)
@@ -56,7 +57,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("inception") / "stand_in.pth"
     state = {name: some for name, some in fid.Inception().state_dict().items() if "num_batches" not in name}
-    torch.save(state | {"AuxLogits.fc.bias": torch.zeros(3)}, file)          # torchvision's file has these too
+    torch.save(state | {"AuxLogits.fc.bias": torch.zeros(3)}, file)         # torchvision's file has these too
     return file
 
 
@@ -76,7 +77,8 @@ def test_weights_that_are_missing_or_others_are_one_sentence(weights, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         fid.load_inception(str(tmp_path / "nothing.pth"))
     state = torch.load(weights)
-    torch.save({name: some for name, some in state.items() if "Mixed_6b.branch1x1" not in name}, tmp_path / "less.pth")
+    less = {name: some for name, some in state.items() if "Mixed_6b.branch1x1" not in name}
+    torch.save(less, tmp_path / "less.pth")
     with pytest.raises(UserError, match=r"no Inception v3: Mixed_6b.branch1x1.conv.weight .*192, 768, 1, 1"):
         fid.load_inception(str(tmp_path / "less.pth"))
 
@@ -86,5 +88,6 @@ def test_torchvisions_file_pools_as_torchvision(weights, tmp_path):
     state |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
     torch.save(state, tmp_path / "torchvision.pth")
     ours, theirs = (fid.load_inception(str(file)) for file in (weights, tmp_path / "torchvision.pth"))
-    pools = [[network.get_submodule(f"Mixed_{name}").pool for name in ("5b", "7c")] for network in (ours, theirs)]
+    pools = [[network.get_submodule(f"Mixed_{name}").pool for name in ("5b", "7c")]
+             for network in (ours, theirs)]
     assert pools == [["mean", "max"], ["padded mean", "padded mean"]]
