@@ -29,15 +29,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, digest, fill, fill_optimizer, first_then_others, judge,
+                    load_stage, my_share, parse_config, pick_device, save_figure, save_preview, save_text,
+                    saved_config, together)
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import render_shapenet
-from common import (Run, UserError, command, digest, fill, fill_optimizer, first_then_others, judge,
-                    load_stage, my_share, parse_config, pick_device, save_figure, save_preview, save_text,
-                    saved_config, together)
 from shapes.packed import read_photos
 from shapes.photos import kinds_of
 from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
@@ -211,7 +213,9 @@ def load_autodecoder(folder, device="cpu"):
     return fill(model, state["model"], folder).to(device).eval().requires_grad_(False), state["names"]
 
 def fingerprint(model):
-    return digest(model.state_dict())          # tells one trained autodecoder from any other, to the last bit
+    """Tells one trained autodecoder from any other, to the last bit: its weights, and what says how to use them"""
+    knobs = {key: value for key, value in asdict(model.config).items() if key not in (*FREE, "data")}
+    return digest([model.state_dict(), knobs])
 
 # -------------------------------------------------------------------------------------- a batch, and its loss
 
@@ -353,6 +357,10 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
                         "object, of which one is needed to measure by, and one to train on")
     train_views, test_views = torch.arange(count).split([count - config.holdout_views, config.holdout_views])
+    together_learnt = min(config.batch_objects, len(photos.names))
+    my_share(together_learnt)                                       # can the processes share them equally?
+    if config.rays < together_learnt:
+        raise UserError(f"--rays {config.rays}: at least one for each of a step's {together_learnt} objects")
 
     # The model, and Adam with one learning rate for the decoder and one for the codes.  Resume if we can
     run = Run(config.out, Decoder.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
@@ -453,6 +461,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
 def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     """Test-time auto-decoding: codes of unseen objects from the photos `views` (indices) of each, the decoder
     frozen -> (N,W)"""
+    if len(model.shapes) < 2:
+        raise UserError("an autodecoder of one object knows no other: a new one cannot be fitted to photos")
     # A code is counted in deviations of the training codes, from their mean: a random start often ends badly.
     # The pull back to 0 decides whatever the given photos do not show
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6

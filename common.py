@@ -33,6 +33,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
+
+def ended(kind, error, trace):
+    """What Python calls for an error that nobody caught.  Ctrl-C needs no traceback"""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped; what was written before is kept", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+sys.excepthook = ended                  # before torch, which takes a second to load
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -107,7 +117,7 @@ def checked(config, where=""):
         for one in values:
             # NaN (not a number) fails every comparison, so `low <= one` refuses it; `not one < low` would not
             number = kind in (int, float) and type(one) in (int, kind)
-            right = low <= one <= high if number else type(one) is kind
+            right = low <= one <= high if number else type(one) is kind and str(one).isprintable()
             if not right or choices and str(one) not in choices[1].split(" | "):
                 raise UserError(f"{where}--{field.name} {one}: {wanted} is wanted")
     return config
@@ -239,6 +249,7 @@ def atomic_file(path):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)      # it may be a link, and what it leads to is somebody else's
         yield temporary
         # Without fsync a power cut can leave the new name on an empty file.  (Windows wants r+ for it)
         with open(temporary, "r+b") as file:

@@ -26,6 +26,10 @@ import itertools
 import math
 from dataclasses import asdict, dataclass, fields
 
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, fill, fill_optimizer, judge, load_stage, my_share, parse_config,
+                    pick_device, save_figure, save_preview, saved_config, to_bytes, together)
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -33,8 +37,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from autodecoder import BETAS, CLIP, fingerprint, learning_rate_share, load_autodecoder, plot_log
-from common import (Run, UserError, command, fill, fill_optimizer, judge, load_stage, my_share, parse_config,
-                    pick_device, save_figure, save_preview, saved_config, to_bytes, together)
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 
@@ -385,6 +387,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
     model, names = load_autodecoder(config.autodecoder, device)
     if len(names) < 3:
         raise UserError(f"{config.autodecoder} knows {len(names)} objects: at least 3 are wanted")
+    my_share(config.batch)                                          # can the processes share it equally?
     run = Run(config.out, Denoiser.__name__, config, [f.name for f in fields(Config) if f.name not in free])
 
     # What to learn from: the objects' codes, then recombined ones

@@ -28,14 +28,17 @@ import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
+                    save_picture)
 
 import numpy as np
 import torch
 
-from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
-                    save_picture)
 from shapes import earphones, household
 from shapes.meshes import load_obj
 from shapes.photos import (atomic_folder, load_objects, numbers, objects_in, visible, write_intrinsics,
@@ -289,6 +292,14 @@ def worker_setup():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@contextmanager
+def no_ctrl_c():
+    """Processes that are started here are born deaf to Ctrl-C.  worker_setup comes after their imports"""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def render_all(todo, config, device):
     """Yields (name, remarks, failure) for each object when it is done"""
     # One process per core.  On a GPU only one, because several would have to share it
@@ -301,7 +312,8 @@ def render_all(todo, config, device):
     # other.  "spawn" starts each process from nothing, because the fork of a process with threads can hang
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
     try:
-        work = {pool.submit(render_object, job, folder, config, device): job[1] for job, folder in todo}
+        with no_ctrl_c():
+            work = {pool.submit(render_object, job, folder, config, device): job[1] for job, folder in todo}
         yield from ((work[future], *future.result()) for future in as_completed(work))
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps because memory ran out: try --workers 1; "
@@ -349,8 +361,11 @@ def main(argv=None):
     # Run refuses to mix photos of two recipes in one folder.  A copy of ShapeNet may move to another place,
     # so the recipe only says whether there is one.  `stale` names what --fresh deletes
     source = replace(config, shapenet="ShapeNet" if config.shapenet else "")
-    run = Run(config.out, "render_shapenet", source, RECIPE, f"{category}.json",
-              stale=[*splits.values(), *([] if config.shapenet else [models_folder(config)])])
+    recipe = Path(config.out, f"{category}.json")
+    # (The models are ours if our own recipe says that they were made.  Else they are a stranger's)
+    made = recipe.is_file() and '"shapenet": ""' in recipe.read_text(errors="replace")
+    stale = [*splits.values(), *([models_folder(config)] if made and not config.shapenet else [])]
+    run = Run(config.out, "render_shapenet", source, RECIPE, recipe.name, stale)
 
     skipped, done = [], 0
     with run:
@@ -375,7 +390,10 @@ def main(argv=None):
     # For objects of earlier runs too: --transforms may be added when the photos are there already
     for folder in folders if config.transforms else []:
         if folder.is_dir():
-            write_transforms(folder, config.holdout_views)
+            try:
+                write_transforms(folder, config.holdout_views)
+            except (OSError, UserError) as error:        # one folder must not stop the others
+                print(plain(f"{folder}: {error}: no transforms.json"))
 
     # What was made, what was skipped and why.  The picture shows wrong colours or a wrong pose at a glance
     why = "".join(f"; {plain(failure)}" for failure in skipped[:3]) + ("; ..." if len(skipped) > 3 else "")

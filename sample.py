@@ -33,18 +33,21 @@ read Config, novelty, exchanged, main; then load_models, contact_sheet.
 """
 import difflib
 import json
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device,
+                    save_picture, save_preview, save_text, to_bytes)
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from autodecoder import load_autodecoder
-from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device,
-                    save_picture, save_preview, save_text, to_bytes)
 from diffusion import latents_of, load_denoiser, nearest, recombined
 from diffusion import sample as draw_samples
 from shapes.photos import atomic_folder, kinds_of, write_intrinsics, write_view
@@ -310,6 +313,7 @@ def main(argv=None):
     print(text)
     copies = sum(row["copy"] for row in rows["samples"]) / config.count
     print(judge(config, FREE, f"copies {copies:.0%}", copies, 0, 0.02, "README.md"))
+    earlier = (out / "report.json").exists()
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows})
 
@@ -327,18 +331,22 @@ def main(argv=None):
     if own:
         save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
 
-    # To take away: novel views with their cameras, and meshes.  Those of an earlier model go first, because
-    # with fewer samples some would stay among the new ones
-    for old in (out / "views").glob("seed_*"):
-        shutil.rmtree(old, ignore_errors=True)
-    for old in ("figure3.png", *(["beside.png"] * (not own))):
-        (out / old).unlink(missing_ok=True)
+    # To take away: novel views with their cameras, and meshes
     for k, latent in enumerate(latents) if config.views else ():
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
         # The paper's Figure 3: a new object from eight cameras all around it
         if k == 0:
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
+
+    # What an earlier run left must not stay among the new.  A stranger's files stay
+    new = {f"seed_{seed:06d}" for seed in seeds} if config.views else set()
+    for old in (out / "views").glob("seed_*"):
+        if re.fullmatch(r"seed_\d{6,}", old.name) and old.name not in new:
+            shutil.rmtree(old, ignore_errors=True)
+    for name, is_new in (("figure3.png", config.views), ("beside.png", own)):
+        if earlier and not is_new:
+            (out / name).unlink(missing_ok=True)
 
     # A page with the first eight samples.  From the seeds' own codes, with nothing exchanged: the first one's
     # way out of the noise, and a walk to the next seed

@@ -27,13 +27,15 @@ import math
 import time
 from dataclasses import dataclass
 
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_figure,
+                    save_picture, to_bytes)
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from common import (camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_figure,
-                    save_picture, to_bytes)
 
 # Densities below this count as empty space.  If it filled the whole cube, its opacity would be 3 %
 EMPTY = 0.02

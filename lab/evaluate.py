@@ -38,12 +38,14 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import Run, UserError, command, parse_config, pick_device, save_figure, save_text, to_bytes
+
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from chapters.families import folders, read_samples
-from common import Run, command, parse_config, pick_device, save_figure, save_text, to_bytes
 from diffusion import latents_of, nearest, recombined
 from diffusion import sample as draw_samples
 from lab.fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around,
@@ -58,7 +60,7 @@ from volume_render import cameras, render_views
 class Config:
     diffusion: str = "runs/diffusion"    # stage 2's folder
     autodecoder: str = ""                # stage 1's; "": the one that stage 2 was trained on
-    data: str = ""                       # unseen objects' photos; "": as the training ones', _test for _train
+    data: str = ""                       # unseen objects' photos; "": fresh ones, else _test for _train
     cache: str = "runs/fresh"            # folder for the fresh objects and the network that reads factors
     out: str = "runs/evaluate"           # folder for the tables
     count: int = 500                     # samples of each kind, and fresh objects (at least 4)
@@ -321,6 +323,8 @@ def main(argv=None):
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
     families, costs = chapters(model, config)        # first, because a wrong folder must not cost an hour
+    if config.data and not Path(config.data).is_dir():
+        raise UserError(f"--data {config.data} is not there")
     # If a folder cannot be written, say so now, and not after an hour.  Two evaluations may share the cache:
     # they make the same, file by file
     run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())

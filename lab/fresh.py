@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from autodecoder import fingerprint, fit_codes
 from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint, save_checkpoint,
                     to_bytes)
-from render_shapenet import worker_setup
+from render_shapenet import no_ctrl_c, worker_setup
 from shapes import earphones
 from shapes.meshes import load_obj
 from shapes.packed import Photos, read_photos
@@ -110,7 +110,9 @@ def see_objects(file, split, numbers, config, views, points, run):
         rows, workers = [], min(os.cpu_count(), len(numbers))
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
         try:
-            for one in pool.map(see_object, *zip(*work), chunksize=4):
+            with no_ctrl_c():
+                found = pool.map(see_object, *zip(*work), chunksize=4)
+            for one in found:
                 rows.append(one)
                 run.progress(f"{split} objects", len(rows), len(numbers))
         except BrokenProcessPool:
@@ -222,9 +224,9 @@ def training_cells(names, folder):
 # ------------------------------------------------------------------------------- as the decoder can show them
 
 def held_out_codes(model, config, unseen, device):
-    """Codes of unseen objects, fitted to eight photos of each; where there are no fresh ones (real data) of
-    those that --holdout kept from training, or None.  Fitted once for a model, and kept."""
-    if unseen:
+    """Codes of unseen objects, fitted to eight photos of each: of --data; else of fresh ones; where there are
+    none (real data) of those that --holdout kept from training, or None.  Fitted once for a model, and kept."""
+    if unseen and not config.data:
         N = len(unseen["rgb"])
         poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
         K = intrinsics_at(PIXELS).float().expand(N, 3, 3)

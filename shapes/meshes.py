@@ -328,7 +328,7 @@ def plain(text):
     return unicodedata.normalize("NFC", text).lower()
 
 
-@functools.lru_cache(16)                             # thousands of names may be looked for in one folder
+@functools.lru_cache(1024)                           # thousands of names may be looked for in one folder
 def listing(folder, changed):
     """-> {name in lower case: entry}, the first of several that differ in case"""
     return {plain(entry.name): entry for entry in sorted(folder.iterdir(), reverse=True)}

@@ -160,6 +160,11 @@ def holds_photos(entry):
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
             print(UserError(f"{folder} cannot be read: left out"))          # it writes out what is in a name
             return False
+    for sub in ("", "rgb", "mask", "pose"):
+        for file in os.scandir(entry / sub) if os.path.isdir(entry / sub) else ():
+            if not os.access(file.path, os.R_OK):
+                print(UserError(f"{file.path} cannot be read: its object is left out"))
+                return False
     there = os.path.isdir(entry / "rgb")
     if there and not entry.name.isprintable():                # bytes that are no UTF-8, or control characters
         print(UserError(f"{entry} has a name that cannot be printed: left out"))

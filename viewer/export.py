@@ -10,16 +10,19 @@ run  python -m viewer.export                          eight samples and all of t
      python -m viewer.export --reconstruct train_00001 --out export/train_00001
 read Config, turntable, main; then isosurface.py, page.py.
 """
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, atomic_file, command, grid, parse_config, pick_device, plain,
+                    save_picture, to_bytes)
 
 import torch
 from PIL import Image
 
 from autodecoder import load_autodecoder
-from common import (Run, UserError, atomic_file, command, grid, parse_config, pick_device, save_picture,
-                    to_bytes)
 from diffusion import latents_of, sample
 from viewer.isosurface import LEVEL, write_mesh
 from viewer.page import denoising, walk, write_gallery
@@ -108,7 +111,8 @@ def main(argv=None):
     # must not stay beside the new
     folders = labels if config.reconstruct else [f"seed_{seed:06d}" for seed in seeds]
     for old in out.glob("seed_*/mesh.*") if not config.reconstruct else ():
-        old.unlink()
+        if re.fullmatch(r"seed_\d{6,}/mesh\.(glb|ply)", old.relative_to(out).as_posix()):
+            old.unlink()
     pair = config.interpolate or (config.seed, config.seed + 1)
 
     def wrote(name):
@@ -120,8 +124,14 @@ def main(argv=None):
     wrote("viewer.html")
     for folder, latent in zip(folders, latents):
         name = f"{folder}/mesh.glb"
-        if write_mesh(out / name, model, latent, config.resolution, config.level):
-            wrote(name)
+        try:
+            if write_mesh(out / name, model, latent, config.resolution, config.level):
+                wrote(name)
+            else:                                           # nothing is solid: an older mesh would mislead
+                for old in (out / name, (out / name).with_suffix(".ply")):
+                    old.unlink(missing_ok=True)
+        except (OSError, UserError) as error:               # as of an object whose name is viewer.html
+            print(plain(f"{folder} is left out: {error}"))
     pictures = {}
     if denoiser:
         pictures["denoise.png"] = sheet(model, denoising(denoiser, pair[0], steps=config.steps)[1], 12)

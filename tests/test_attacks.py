@@ -1,0 +1,195 @@
+"""What a second attack found: each line of it is a test that failed before."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import autodecoder
+import common
+import diffusion
+import render_shapenet
+import sample
+from common import UserError, load_checkpoint, save_checkpoint
+from lab import evaluate
+from viewer import box, export
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def denoiser(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("attacks") / "diffusion"
+    diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--device", "cpu",
+                    "--out", str(out)])
+    return out
+
+
+def flags(trained, out, *more):
+    """A short run of stage 1 on the same photos"""
+    data = load_checkpoint(trained / "last.pt")["config"]["data"]
+    return ["--preset", "smoke", "--data", data, "--holdout_views", "2", "--steps", "2", "--dense_steps", "1",
+            "--preview_every", "2", "--save_every", "2", "--device", "cpu", "--out", str(out), *more]
+
+
+# ---- what belongs together ----
+
+def test_unseen_photos_that_are_asked_for_are_the_ones_that_are_fitted(denoiser, data, tmp_path):
+    """--data was ignored where fresh objects can be made"""
+    some = ["--preset", "smoke", "--no-controls", "--diffusion", str(denoiser), "--cache", str(tmp_path / "fresh"),
+            "--device", "cpu"]
+    with pytest.raises(UserError, match="--data /nowhere is not there"):
+        evaluate.main([*some, "--data", "/nowhere", "--out", str(tmp_path / "a")])
+    evaluate.main([*some, "--data", str(data / "earphones_test"), "--out", str(tmp_path / "b")])
+    assert "2 held-out ones with fitted codes" in (tmp_path / "b/tables.md").read_text()      # as many as lie there
+
+
+def test_a_fingerprint_is_of_the_knobs_too(trained):
+    """Two decoders of the same weights that stretch by different units are two"""
+    model, _ = autodecoder.load_autodecoder(trained)
+    first = autodecoder.fingerprint(model)
+    model.config = replace(model.config, out="elsewhere", data="moved", save_every=7)
+    assert autodecoder.fingerprint(model) == first
+    model.config = replace(model.config, stretch=0.5)
+    assert autodecoder.fingerprint(model) != first
+
+
+def test_a_denoiser_of_another_autodecoder_is_not_packed(denoiser, tmp_path):
+    state = load_checkpoint(denoiser / "last.pt")
+    save_checkpoint(tmp_path / "d/last.pt", state | {"autodecoder": "another"})
+    with pytest.raises(UserError, match="was trained on another autodecoder"):
+        box.main(["--diffusion", str(tmp_path / "d"), "--out", str(tmp_path / "box")])
+    assert not (tmp_path / "box").exists()
+
+
+def test_an_autodecoder_of_one_object_fits_no_other(trained, tmp_path):
+    autodecoder.main(flags(trained, tmp_path / "one", "--objects", "1"))
+    model, _ = autodecoder.load_autodecoder(tmp_path / "one")
+    with pytest.raises(UserError, match="knows no other"):
+        autodecoder.fit_codes(model, None, torch.arange(2))
+
+
+# ---- checked first, deleted later ----
+
+@pytest.mark.parametrize("wrong", [["--rays", "64", "--batch_objects", "70"], ["shared"]])
+def test_what_is_refused_deletes_nothing_and_is_not_remembered(wrong, trained, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    autodecoder.main(flags(trained, out))
+    if wrong == ["shared"]:                              # as of three processes
+        monkeypatch.setattr(autodecoder, "my_share", lambda items: common.wrong_flag("cannot share"))
+    else:
+        monkeypatch.setattr(autodecoder, "read_photos", many_objects(autodecoder.read_photos))
+    with pytest.raises(UserError, match="cannot share|--rays 64: at least one"):
+        autodecoder.main(flags(trained, out, "--fresh", *(wrong if len(wrong) > 1 else ())))
+    monkeypatch.undo()
+    assert (out / "last.pt").exists()
+    autodecoder.main(flags(trained, out))                                             # the recipe is the old one
+
+
+def many_objects(read):
+    def again(*some):
+        photos = read(*some)
+        photos.names = [f"{name}_{k}" for k in range(40) for name in photos.names]
+        return photos
+    return again
+
+
+def test_a_strangers_models_stay(tmp_path, data):
+    """A folder that was begun with --shapenet may hold a stranger's `procedural`"""
+    shapes, out = ROOT / "tests/golden/ShapeNetCore.v2", tmp_path / "out"
+    small = ["--views", "2", "--holdout_views", "1", "--size", "16", "--device", "cpu", "--workers", "1",
+             "--out", str(out)]
+    (out / "procedural").mkdir(parents=True)
+    (out / "procedural/mine.txt").write_text("mine")
+    render_shapenet.main([*small, "--shapenet", str(shapes)])
+    render_shapenet.main([*small, "--objects", "1", "--test_objects", "1", "--fresh"])
+    assert (out / "procedural/mine.txt").read_text() == "mine"
+
+
+def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_path):
+    mine = [tmp_path / "s/views/seed_catalogue/a.txt", tmp_path / "s/figure3.png", tmp_path / "e/seed_bank/mesh.blend"]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    short = ["--diffusion", str(denoiser), "--count", "2", "--steps", "2", "--device", "cpu"]
+    sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
+    export.main([*short, "--frames", "0", "--sheet", "0", "--resolution", "8", "--out", str(tmp_path / "e")])
+    assert all(file.read_text() == "mine" for file in mine)
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".a.txt.tmp").symlink_to(victim)
+    common.save_text(tmp_path / "a.txt", "new")
+    assert victim.read_text() == "precious" and (tmp_path / "a.txt").read_text() == "new"
+    assert not (tmp_path / "a.txt").is_symlink()
+
+
+# ---- one bad item ----
+
+def test_an_object_whose_name_is_a_files_does_not_end_the_export(trained, tmp_path, capsys):
+    state = load_checkpoint(trained / "last.pt")
+    names = ["viewer.html", *state["names"][1:]]
+    save_checkpoint(tmp_path / "run/last.pt", state | {"names": names})
+    export.main(["--autodecoder", str(tmp_path / "run"), "--reconstruct", "all", "--frames", "0", "--resolution",
+                 "8", "--level", "1", "--device", "cpu", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "viewer.html is left out" in said and (tmp_path / "out/viewer.html").is_file()
+
+
+def test_one_object_without_transforms_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    small = ["--objects", "2", "--test_objects", "1", "--views", "2", "--holdout_views", "1", "--size", "16",
+             "--device", "cpu", "--workers", "1", "--out", str(tmp_path)]
+    render_shapenet.main(small)
+    broken, = (tmp_path / "earphones_test").glob("*/intrinsics.txt")
+    broken.write_text("nonsense")
+    render_shapenet.main([*small, "--transforms"])
+    assert "no transforms.json" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*/*/transforms.json"))) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_photo_that_may_not_be_read_costs_its_object_alone(tmp_path, capsys):
+    from shapes.photos import objects_in
+    for name in "ab":
+        for sub in ("rgb", "pose"):
+            (tmp_path / name / sub).mkdir(parents=True)
+            (tmp_path / name / sub / "000000.png").write_text("")
+    (tmp_path / "a/rgb/000000.png").chmod(0)
+    assert [entry.name for entry in objects_in(tmp_path, 8)] == ["b"]
+    assert "its object is left out" in capsys.readouterr().out
+
+
+# ---- manners ----
+
+@pytest.mark.parametrize("script", ["render_shapenet.py", "autodecoder.py", "diffusion.py", "sample.py",
+                                    "volume_render.py", "-m lab.evaluate", "-m viewer.export"])
+def test_ctrl_c_while_torch_loads_is_one_line(script, tmp_path):
+    """A torch that takes Ctrl-C while it is imported"""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "numpy.py").write_text("")
+    (tmp_path / "start.py").write_text(
+        "import runpy, sys\nsys.path[:0] = sys.argv[1:3]\n"
+        f"runpy.{'run_module' if '-m' in script else 'run_path'}({script.split()[-1]!r}, run_name='__main__')\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "start.py"), str(tmp_path), str(ROOT)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode and done.stderr == "stopped; what was written before is kept\n"
+
+
+def test_processes_are_born_deaf_to_ctrl_c():
+    import signal
+    with render_shapenet.no_ctrl_c():
+        child = subprocess.run([sys.executable, "-c", "import signal; print(int(signal.getsignal(signal.SIGINT)))"],
+                               capture_output=True, text=True)
+    assert int(child.stdout) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("value", ["a\x1b[31mb", "a\nb", "caf\udce9"])
+def test_a_flag_with_control_characters_is_refused(value):
+    """A folder of such a name would stand in every message, table and picture"""
+    with pytest.raises(UserError, match=r"--out a\\|--out caf\\udce9"):
+        common.parse_config(diffusion.Config, diffusion.PRESETS, ["--out", value])
