@@ -112,12 +112,14 @@ def checked(config, where=""):
         found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
         most = 1e6 if kind is int and field.name != "seed" else 1e12
         low, high = (float(found[1]), float(found[2] or most)) if found else (0, most)
-        wanted = choices[1] if choices else kind.__name__
+        wanted = choices[1] if choices else "printable text" if kind is str else kind.__name__
         wanted = f"at least {low:g}, at most {high:,.12g}" if kind in (int, float) else wanted
         for one in values:
             # NaN (not a number) fails every comparison, so `low <= one` refuses it; `not one < low` would not
             number = kind in (int, float) and type(one) in (int, kind)
-            right = low <= one <= high if number else type(one) is kind and str(one).isprintable()
+            # (Bytes that are no UTF-8 are a name like others; control characters are none)
+            text = re.sub("[\udc80-\udcff]", "", str(one))
+            right = low <= one <= high if number else type(one) is kind and text.isprintable()
             if not right or choices and str(one) not in choices[1].split(" | "):
                 raise UserError(f"{where}--{field.name} {one}: {wanted} is wanted")
     return config

@@ -362,8 +362,8 @@ def main(argv=None):
     # so the recipe only says whether there is one.  `stale` names what --fresh deletes
     source = replace(config, shapenet="ShapeNet" if config.shapenet else "")
     recipe = Path(config.out, f"{category}.json")
-    # (The models are ours if our own recipe says that they were made.  Else they are a stranger's)
-    made = recipe.is_file() and '"shapenet": ""' in recipe.read_text(errors="replace")
+    # (Where our own recipe says that the models came from ShapeNet, a folder `procedural` is a stranger's)
+    made = not recipe.is_file() or '"shapenet": ""' in recipe.read_text(errors="replace")
     stale = [*splits.values(), *([models_folder(config)] if made and not config.shapenet else [])]
     run = Run(config.out, "render_shapenet", source, RECIPE, recipe.name, stale)
 

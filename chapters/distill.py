@@ -47,16 +47,19 @@ class Config:
     out: str = "runs/distill"            # folder for the model, the log and the objects
     size: int = 32                       # pixels along a picture's side (at least 16)
     width: int = 32                      # channels of the denoiser; they double twice, coarser (at least 8)
-    steps: int = 2000                    # gradient steps of the denoiser (at least 1)
+    steps: int = 3000                    # gradient steps of the denoiser (at least 1)
     batch: int = 48                      # pictures in a step (at least 4)
     lr: float = 2e-3                     # learning rate, at its highest
-    descent: int = 400                   # steps from fog to an object (at least 2)
-    rate: float = 0.05                   # of these steps
+    rounds: int = 12                     # times that D imagines an object's photos (at least 1)
+    descent: int = 15                    # steps towards them, each time; 1: DreamFusion's (at least 1)
+    rate: float = 0.1                    # of these steps
+    imagine: int = 8                     # steps of D from noise to a photo; 1: DreamFusion's (at least 1)
     objects: int = 8                     # distilled each way (at least 1)
     seen: int = 64                       # samples of stage 2 whose renderings it learns (at least 1)
     mended: int = 32                     # samples of stage 2 that are mended (at least 2)
     mending: int = 60                    # steps for each (at least 1)
-    guidance: float = 2.0                # how far from the samples' label, in the mending (from 0 to 20)
+    mend_rate: float = 0.005             # of these steps, in deviations of the latents
+    guidance: float = 1.0                # weight of the contrast (from -20 to 20)
     seed: int = 0                        # of the weights, the batches and the objects
     device: str = "auto"                 # auto, cpu or cuda
     log_every: int = 20                  # steps between log lines (at least 1)
@@ -65,11 +68,12 @@ class Config:
 
 
 PRESETS = {"cpu": {}, "gpu": dict(size=64, width=96, steps=20000, batch=128, descent=2000),
-           "smoke": dict(size=16, width=8, steps=4, batch=4, descent=2, objects=2, seen=2, mended=2,
+           "smoke": dict(size=16, width=8, steps=4, batch=4, rounds=2, descent=2, objects=2, seen=2, mended=2,
                          mending=2, save_every=2, log_every=2)}
-FREE = ("out", "device", "log_every", "save_every", "fresh", "descent", "rate", "objects", "mended",
-        "mending", "guidance", "diffusion", "autodecoder")
-LOW, HIGH, SAMPLES, VIEWS = 0.05, 60.0, 48, 4     # noise levels; bins along a ray; views at once
+FREE = ("out", "device", "log_every", "save_every", "fresh", "rounds", "descent", "rate", "objects", "mended",
+        "mending", "mend_rate", "imagine", "guidance", "diffusion", "autodecoder")
+LOW, HIGH, SAMPLES, VIEWS = 0.2, 60.0, 48, 4      # noise levels; bins along a ray; views at once
+HAZE = 0.25                                       # density of what is empty, while it descends
 
 
 def doubled(places):
@@ -92,8 +96,8 @@ def shown(volumes, poses, K, size, field, place=None):
     return rgb.view(*poses.shape[:2], size, size, 3)
 
 
-def guided(network, pictures, sigma, poses, way, generator, guidance=0.0):
-    """What D makes of these pictures, noised -> pictures, without gradients"""
+def imagined(network, pictures, sigma, poses, way, config, generator):
+    """What D makes of these pictures, noised: photos (B,V,H,W,3) that they could be, without gradients"""
     B, V = pictures.shape[:2]
     places = F.normalize(poses[..., :3, 3], dim=-1) * (way != "told nothing")
     with torch.no_grad():
@@ -101,10 +105,11 @@ def guided(network, pictures, sigma, poses, way, generator, guidance=0.0):
         x = z + sigma * torch.randn(z.shape, generator=generator).to(z)
         if way != "four views at once":                             # each view is an object of its own
             x, places = x.flatten(0, 1)[:, None], places.flatten(0, 1)[:, None]
-        level, label = torch.full((len(x),), sigma).to(x), x.new_zeros(len(x))
-        clean = network(x, level, places, label)
-        if guidance:
-            clean = clean + guidance * (clean - network(x, level, places, label + 1))
+        # One step gives the mean of all photos that x could be, which is pale.  Several steps decide for one
+        levels = [sigma * (LOW / sigma) ** (k / config.imagine) for k in range(config.imagine + 1)]
+        for now, after in zip(levels, levels[1:]):
+            clean = network(x, torch.full((len(x),), now).to(x), places, x.new_zeros(len(x)))
+            x = clean + after / now * (x - clean)
         return clean.view(z.shape) * network.spread + network.mean
 
 
@@ -117,37 +122,53 @@ def distilled(network, config, way, K, device):
     free = torch.cat([ball.exp()[None] - 0.4, torch.zeros(3, N, N, N)]).expand(config.objects, -1, -1, -1, -1)
     free = (free + 0.05 * torch.randn(free.shape, generator=generator)).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([free], config.rate, betas=BETAS)
-    for step in range(config.descent):
+    for k in range(config.rounds):
         # Much noise first, because it decides what the object is, and little at the end, for its details
-        sigma = 20 * (0.3 / 20) ** (step / config.descent)
+        sigma = HIGH * (0.5 / HIGH) ** (k / config.rounds)
         poses = around(config.objects, VIEWS, generator).to(device)
-        place = torch.rand(config.objects, VIEWS * config.size ** 2, SAMPLES, generator=generator).to(device)
-        pictures = shown(smooth(free), poses, K, config.size, show.field, place)
-        goal = guided(network, pictures, sigma, poses, way, generator)
-        optimizer.zero_grad()
-        (pictures - goal).square().sum(0).mean().backward()
-        optimizer.step()
-    return smooth(free).detach()
-
-
-def mended(network, model, latents, config, K):
-    """Post-optimisation: latents (B,...) of samples, after some steps towards photos"""
-    generator, parts = torch.Generator().manual_seed(config.seed + 2), []
-    for latent in latents.split(8):
-        free = latent.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([free], 0.02 * latents.std().item(), betas=BETAS)
-        for _ in range(config.mending):
-            poses = around(len(free), VIEWS, generator).to(free)
-            sigma = math.exp(math.log(0.3) + math.log(10) * torch.rand((), generator=generator).item())
-            with fast_precision(model.config, free.device):
-                volume = model.to_volume(free)
-            pictures = shown(volume, poses, K, config.size, model.field)
-            goal = guided(network, pictures, sigma, poses, "four views at once", generator, config.guidance)
+        pictures = shown(smooth(free), poses, K, config.size, show.field)
+        goal = imagined(network, pictures, sigma, poses, way, config, generator)
+        for _ in range(config.descent):
+            place = torch.rand(config.objects, VIEWS * config.size ** 2, SAMPLES, generator=generator).to(device)
+            pictures = shown(smooth(free), poses, K, config.size, show.field, place)
             optimizer.zero_grad()
             (pictures - goal).square().sum(0).mean().backward()
             optimizer.step()
+            # What is empty has no gradient, and could never come back: some haze stays until the end
+            free.data[:, 0].clamp_(min=-HAZE)
+    free = free.detach()
+    free[:, 0][free[:, 0] <= -HAZE + 0.02] = -2
+    return smooth(free)
+
+
+def mended(network, model, latents, config, K):
+    """Post-optimisation: latents (B,...) of samples, after some steps away from how samples look"""
+    generator, parts = torch.Generator().manual_seed(config.seed + 2), []
+    for latent in latents.split(8):
+        free = latent.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([free], config.mend_rate * latents.std().item(), betas=BETAS)
+        for _ in range(config.mending):
+            poses = around(len(free), VIEWS, generator).to(free)
+            sigma = math.exp(math.log(0.2) + math.log(10) * torch.rand((), generator=generator).item())
+            with fast_precision(model.config, free.device):
+                volume = model.to_volume(free)
+            pictures = shown(volume, poses, K, config.size, model.field)
+            away = contrast(network, pictures.detach(), sigma, poses, generator)
+            optimizer.zero_grad()
+            (-config.guidance * away * pictures).sum(0).mean().backward()
+            optimizer.step()
         parts.append(free.detach())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def contrast(network, pictures, sigma, poses, generator):
+    """What photos have more than samples' renderings, by what D makes of the same noised pictures.  What D
+    cannot draw at all, both lack alike"""
+    x = network.plain(pictures)
+    x, places = x + sigma * torch.randn(x.shape, generator=generator).to(x), F.normalize(poses[..., :3, 3], dim=-1)
+    level, photo = torch.full((len(x),), sigma).to(x), x.new_zeros(len(x))
+    return (network(x, level, places, photo) - network(x, level, places, photo + 1)) * network.spread
 
 
 @torch.no_grad()
@@ -184,6 +205,7 @@ def main(argv=None):
     networks = {"network": network, "reader": reader}
     optimizers = [torch.optim.Adam(some.parameters(), betas=BETAS) for some in (network, reader)]
     step, parameters = resume(run, model, networks, optimizers), sum(p.numel() for p in network.parameters())
+    numbers = {}
     print(f"photos of {len(photos.names)} objects; {parameters / 1e6:.2f} M parameters")
 
     with run:
@@ -191,8 +213,8 @@ def main(argv=None):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config.steps, 0.03)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            # Single views and four at once take turns.  A quarter of the batches are samples' renderings
-            V, label = (1, VIEWS)[step % 2], step // 2 % 4 == 3
+            # One batch in four is of single views.  One in four of either is of samples' renderings
+            V, label = 1 if step % 4 == 0 else VIEWS, step // 4 % 4 == 3
             B = config.batch // V
             o = torch.randint(len(rgb[label]), (B, 1), generator=generator)
             view = torch.rand(B, min(train, len(rgb[label][0])), generator=generator).argsort(1)[:, :V]
@@ -209,8 +231,8 @@ def main(argv=None):
             improve(run, step, loss, optimizers[0])
             improve(run, step, reading, optimizers[1])
             step += 1
-            record(run, model, networks, optimizers, step, config.steps,
-                   {"four" if V == VIEWS else "single": loss, "reading": reading})
+            numbers |= {"four" if V == VIEWS else "single": loss.detach(), "reading": reading.detach()}
+            record(run, model, networks, optimizers, step, config.steps, numbers)
 
     # Objects by distillation, three ways.  Of each a turn of eight views, and what the reader reads of them
     began, lines, rows = time.time(), [], []

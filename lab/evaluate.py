@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # First, because it makes Ctrl-C one line, also while torch loads
-from common import Run, UserError, command, parse_config, pick_device, save_figure, save_text, to_bytes
+from common import Run, UserError, command, parse_config, pick_device, plain, save_figure, save_text, to_bytes
 
 import torch
 import torch.nn.functional as F
@@ -211,7 +211,7 @@ def rivals(model, denoiser, config, device):
 def chapters(model, config):
     """-> {name: (who shows them, latents or volumes)} of samples that chapters wrote, at most as many as of
     ours; and what they cost"""
-    found = {Path(row).name: read_samples(row, model) for row in folders(config.rows)}
+    found = {plain(Path(row).name): read_samples(row, model) for row in folders(config.rows)}
     for name, (_, some, _) in found.items():
         if len(some) < config.count:
             print(f"{name}: {len(some)} samples, ours are {config.count}: COV and cells do not compare")

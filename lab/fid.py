@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from chapters.families import folders, read_samples
-from common import Run, UserError, command, parse_config, pick_device, save_text, to_bytes
+from common import Run, UserError, command, parse_config, pick_device, plain, save_text, to_bytes
 from diffusion import latents_of, sample
 from lab.evaluate import markdown
 from lab.fresh import AROUND, PIXELS, see_objects
@@ -201,7 +201,7 @@ def main(argv=None):
     device = pick_device(config.device)
     network.to(device)
     model, names, denoiser = load_models(config, device)
-    families = {Path(row).name: read_samples(row, model)[:2] for row in folders(config.rows)}
+    families = {plain(Path(row).name): read_samples(row, model)[:2] for row in folders(config.rows)}
     run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
     run.lock.close()
     lock = Run(config.out, "fid", config, (), "fid.json", stale=()).lock

@@ -188,8 +188,21 @@ def test_processes_are_born_deaf_to_ctrl_c():
     assert int(child.stdout) == signal.SIG_IGN
 
 
-@pytest.mark.parametrize("value", ["a\x1b[31mb", "a\nb", "caf\udce9"])
+@pytest.mark.parametrize("value", ["a\x1b[31mb", "a\nb", "caf\udce9\x07"])
 def test_a_flag_with_control_characters_is_refused(value):
     """A folder of such a name would stand in every message, table and picture"""
     with pytest.raises(UserError, match=r"--out a\\|--out caf\\udce9"):
         common.parse_config(diffusion.Config, diffusion.PRESETS, ["--out", value])
+    assert common.parse_config(diffusion.Config, argv=["--out", "caf\udce9"]).out == "caf\udce9"   # no UTF-8: a name
+
+
+def test_a_row_whose_name_is_no_utf8_stands_in_the_tables(trained, tmp_path):
+    from chapters import families
+    from types import SimpleNamespace
+    model, _ = autodecoder.load_autodecoder(trained)
+    shape = model.config.latent_channels, *[model.config.latent_resolution] * 3
+    folder = tmp_path / "caf\udce9"
+    families.write_samples(folder, model, torch.randn(2, *shape), 1, 0.1)
+    found, costs = evaluate.chapters(model, SimpleNamespace(rows=(str(folder),), count=2))
+    assert list(found) == ["caf\\udce9"] and costs[0][0] == "caf\\udce9"
+    evaluate.plot_rows({name: {"d1": (1.0, 0.1)} for name in found}, tmp_path / "figure.png")
