@@ -213,7 +213,7 @@ def load_autodecoder(folder, device="cpu"):
     return fill(model, state["model"], folder).to(device).eval().requires_grad_(False), state["names"]
 
 def fingerprint(model):
-    """Tells one trained autodecoder from any other, to the last bit: its weights, and what says how to use them"""
+    """Tells one trained autodecoder from any other, to the last bit, by its weights and its knobs"""
     knobs = {key: value for key, value in asdict(model.config).items() if key not in (*FREE, "data")}
     return digest([model.state_dict(), knobs])
 

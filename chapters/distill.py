@@ -21,7 +21,6 @@ run  python -m chapters.distill                                          two CPU
      python -m lab.evaluate --rows runs/distill runs/distill/mended      in the lab's table
 read distilled, guided, mended, main; and PictureDenoiser in maps.py.
 """
-import math
 import time
 from dataclasses import dataclass, fields
 
@@ -29,14 +28,14 @@ import torch
 import torch.nn.functional as F
 
 from autodecoder import BETAS, fast_precision, learning_rate_share, plot_log
-from chapters.families import AsVolumes, improve, record, resume, smooth, write_samples, write_volumes
-from chapters.maps import PictureDenoiser, ViewReader
+from chapters.families import AsVolumes, improve, record, resume, shown, smooth, write_samples, write_volumes
+from chapters.maps import PictureDenoiser, ViewReader, angle_apart, doubled
 from common import (Run, UserError, camera_to_world_at, command, parse_config, pick_device, save_preview,
                     save_text, to_bytes)
 from diffusion import sample
 from sample import load_models
 from shapes.packed import read_photos
-from volume_render import ANGLES, SIZE, camera_rays, cameras, occupancy, render, render_views, render_volumes
+from volume_render import ANGLES, SIZE, cameras, render_views, render_volumes
 
 
 @dataclass
@@ -76,24 +75,11 @@ LOW, HIGH, SAMPLES, VIEWS = 0.2, 60.0, 48, 4      # noise levels; bins along a r
 HAZE = 0.25                                       # density of what is empty, while it descends
 
 
-def doubled(places):
-    """Where cameras are (...,3) -> cosine and sine of twice their azimuth"""
-    azimuth = torch.atan2(places[..., 1], places[..., 0])
-    return torch.stack([(2 * azimuth).cos(), (2 * azimuth).sin()], -1)
-
-
 def around(count, views, generator):
     """Cameras around `count` objects: a quarter turn between the four -> poses (count,views,4,4)"""
     turn = 360 * torch.rand(count, 1, generator=generator) + 360 / views * torch.arange(views)
     lift = (60 * torch.rand(count, 1, generator=generator) - 20).expand_as(turn)
     return camera_to_world_at(turn, lift, torch.full_like(turn, 1.3))
-
-
-def shown(volumes, poses, K, size, field, place=None):
-    """volumes (B,4,N,N,N), poses (B,V,4,4) -> pictures (B,V,H,W,3), with gradients"""
-    rays = [some.flatten(1, 2) for some in camera_rays(poses, K, size)]
-    rgb, _, _ = render(volumes, *rays, SAMPLES, field, place, occupancy(volumes, field))
-    return rgb.view(*poses.shape[:2], size, size, 3)
 
 
 def imagined(network, pictures, sigma, poses, way, config, generator):
@@ -115,7 +101,7 @@ def imagined(network, pictures, sigma, poses, way, config, generator):
 
 def distilled(network, config, way, K, device):
     """-> volumes (objects,4,N,N,N), from fog"""
-    N, show = 32, AsVolumes()
+    N, field = 32, AsVolumes().field
     generator = torch.Generator().manual_seed(config.seed + 1)
     centre = (torch.arange(N) + 0.5) / N - 0.5
     ball = -(centre[:, None, None] ** 2 + centre[:, None] ** 2 + centre ** 2) / 0.08
@@ -126,11 +112,11 @@ def distilled(network, config, way, K, device):
         # Much noise first, because it decides what the object is, and little at the end, for its details
         sigma = HIGH * (0.5 / HIGH) ** (k / config.rounds)
         poses = around(config.objects, VIEWS, generator).to(device)
-        pictures = shown(smooth(free), poses, K, config.size, show.field)
+        pictures = shown(smooth(free), poses, K, config.size, SAMPLES, field)
         goal = imagined(network, pictures, sigma, poses, way, config, generator)
         for _ in range(config.descent):
-            place = torch.rand(config.objects, VIEWS * config.size ** 2, SAMPLES, generator=generator).to(device)
-            pictures = shown(smooth(free), poses, K, config.size, show.field, place)
+            place = torch.rand(len(free), VIEWS * config.size ** 2, SAMPLES, generator=generator).to(device)
+            pictures = shown(smooth(free), poses, K, config.size, SAMPLES, field, place)
             optimizer.zero_grad()
             (pictures - goal).square().sum(0).mean().backward()
             optimizer.step()
@@ -149,10 +135,10 @@ def mended(network, model, latents, config, K):
         optimizer = torch.optim.Adam([free], config.mend_rate * latents.std().item(), betas=BETAS)
         for _ in range(config.mending):
             poses = around(len(free), VIEWS, generator).to(free)
-            sigma = math.exp(math.log(0.2) + math.log(10) * torch.rand((), generator=generator).item())
+            sigma = 0.2 * 10 ** torch.rand((), generator=generator).item()
             with fast_precision(model.config, free.device):
                 volume = model.to_volume(free)
-            pictures = shown(volume, poses, K, config.size, model.field)
+            pictures = shown(volume, poses, K, config.size, SAMPLES, model.field)
             away = contrast(network, pictures.detach(), sigma, poses, generator)
             optimizer.zero_grad()
             (-config.guidance * away * pictures).sum(0).mean().backward()
@@ -165,18 +151,10 @@ def mended(network, model, latents, config, K):
 def contrast(network, pictures, sigma, poses, generator):
     """What photos have more than samples' renderings, by what D makes of the same noised pictures.  What D
     cannot draw at all, both lack alike"""
-    x = network.plain(pictures)
-    x, places = x + sigma * torch.randn(x.shape, generator=generator).to(x), F.normalize(poses[..., :3, 3], dim=-1)
+    x, places = network.plain(pictures), F.normalize(poses[..., :3, 3], dim=-1)
+    x = x + sigma * torch.randn(x.shape, generator=generator).to(x)
     level, photo = torch.full((len(x),), sigma).to(x), x.new_zeros(len(x))
     return (network(x, level, places, photo) - network(x, level, places, photo + 1)) * network.spread
-
-
-@torch.no_grad()
-def angle_apart(reader, pictures, places):
-    """How far the azimuth that is read is from the camera's, in degrees, where fronts look like backs (B,)"""
-    read, true = reader(pictures), doubled(places)
-    turn = torch.atan2(read[:, 1], read[:, 0]) - torch.atan2(true[:, 1], true[:, 0])
-    return torch.atan2(turn.sin(), turn.cos()).abs().rad2deg() / 2
 
 
 def main(argv=None):

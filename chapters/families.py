@@ -24,7 +24,8 @@ from common import (UserError, camera_to_world_at, command, fill, fill_optimizer
 from diffusion import Config as Stage2
 from diffusion import RobustNorm, latents_of, load_denoiser, recombined, sample
 from sample import BOX, is_run, novelty, summarise
-from volume_render import ANGLES, SIZE, cameras, occupancy, render, render_views, voxel_opacity
+from volume_render import (ANGLES, SIZE, camera_rays, cameras, occupancy, render, render_views,
+                           voxel_opacity)
 
 
 @dataclass
@@ -67,6 +68,13 @@ class AsVolumes:
 def smooth(volume):
     """A blur by 1 2 1.  Small pictures do not show single voxels, so only this keeps neighbours alike"""
     return F.avg_pool3d(F.avg_pool3d(volume, 2, 1, 1, count_include_pad=False), 2, 1)
+
+
+def shown(volumes, poses, K, size, samples, field, place=None):
+    """volumes (B,4,N,N,N), each by cameras of its own (B,V,4,4) -> pictures (B,V,H,W,3), with gradients"""
+    rays = [some.flatten(1, 2) for some in camera_rays(poses, K, size)]
+    rgb, _, _ = render(volumes, *rays, samples, field, place, occupancy(volumes, field))
+    return rgb.view(*poses.shape[:2], size, size, 3)
 
 
 def pictures_apart(volume, made, field, count, generator):

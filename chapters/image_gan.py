@@ -31,12 +31,12 @@ import torch.nn.functional as F
 
 import autodecoder
 from autodecoder import Autodecoder, plot_log
-from chapters.families import AsVolumes, follow, keep, resume, smooth, write_volumes
+from chapters.families import AsVolumes, follow, keep, resume, shown, smooth, write_volumes
 from chapters.gan3d import r1_penalty
 from common import Run, UserError, command, parse_config, pick_device, save_preview, to_bytes
 from diffusion import noise_of
 from shapes.packed import read_photos
-from volume_render import camera_rays, cameras, occupancy, render, render_views, render_volumes
+from volume_render import cameras, render_views, render_volumes
 
 
 @dataclass
@@ -102,9 +102,8 @@ def volumes_of(network, noise):
 
 def pictures_of(network, noise, poses, K, config, place=None):
     """Each volume as its camera sees it -> (B,H,W,3)"""
-    volume, rays = volumes_of(network, noise), camera_rays(poses, K, config.size)
-    rgb, _, _ = render(volume, *rays, config.samples, network.field, place, occupancy(volume, network.field))
-    return rgb.view(len(rgb), config.size, config.size, 3)
+    return shown(volumes_of(network, noise), poses[:, None], K[:, None], config.size, config.samples,
+                 network.field, place)[:, 0]
 
 
 def from_the_front(poses, most):

@@ -180,3 +180,17 @@ class ViewReader(nn.Module):
 
     def forward(self, pictures):
         return self.layers(pictures.permute(0, 3, 1, 2) * 2 - 1)
+
+
+def doubled(places):
+    """Where cameras are (...,3) -> cosine and sine of twice their azimuth"""
+    azimuth = torch.atan2(places[..., 1], places[..., 0])
+    return torch.stack([(2 * azimuth).cos(), (2 * azimuth).sin()], -1)
+
+
+@torch.no_grad()
+def angle_apart(reader, pictures, places):
+    """How far the azimuth that is read is from the camera's, in degrees, where fronts look like backs (B,)"""
+    read, true = reader(pictures), doubled(places)
+    turn = torch.atan2(read[:, 1], read[:, 0]) - torch.atan2(true[:, 1], true[:, 0])
+    return torch.atan2(turn.sin(), turn.cos()).abs().rad2deg() / 2

@@ -225,7 +225,7 @@ def training_cells(names, folder):
 
 def held_out_codes(model, config, unseen, device):
     """Codes of unseen objects, fitted to eight photos of each: of --data; else of fresh ones; where there are
-    none (real data) of those that --holdout kept from training, or None.  Fitted once for a model, and kept."""
+    none (real data) of those that --holdout kept from training, or None.  Fitted once, and kept."""
     if unseen and not config.data:
         N = len(unseen["rgb"])
         poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)

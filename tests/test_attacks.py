@@ -39,12 +39,12 @@ def flags(trained, out, *more):
 
 def test_unseen_photos_that_are_asked_for_are_the_ones_that_are_fitted(denoiser, data, tmp_path):
     """--data was ignored where fresh objects can be made"""
-    some = ["--preset", "smoke", "--no-controls", "--diffusion", str(denoiser), "--cache", str(tmp_path / "fresh"),
-            "--device", "cpu"]
+    some = ["--preset", "smoke", "--no-controls", "--diffusion", str(denoiser), "--device", "cpu",
+            "--cache", str(tmp_path / "fresh")]
     with pytest.raises(UserError, match="--data /nowhere is not there"):
         evaluate.main([*some, "--data", "/nowhere", "--out", str(tmp_path / "a")])
     evaluate.main([*some, "--data", str(data / "earphones_test"), "--out", str(tmp_path / "b")])
-    assert "2 held-out ones with fitted codes" in (tmp_path / "b/tables.md").read_text()      # as many as lie there
+    assert "2 held-out ones with fitted codes" in (tmp_path / "b/tables.md").read_text()      # as lie there
 
 
 def test_a_fingerprint_is_of_the_knobs_too(trained):
@@ -86,7 +86,7 @@ def test_what_is_refused_deletes_nothing_and_is_not_remembered(wrong, trained, t
         autodecoder.main(flags(trained, out, "--fresh", *(wrong if len(wrong) > 1 else ())))
     monkeypatch.undo()
     assert (out / "last.pt").exists()
-    autodecoder.main(flags(trained, out))                                             # the recipe is the old one
+    autodecoder.main(flags(trained, out))                                          # the recipe is the old one
 
 
 def many_objects(read):
@@ -110,7 +110,8 @@ def test_a_strangers_models_stay(tmp_path, data):
 
 
 def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_path):
-    mine = [tmp_path / "s/views/seed_catalogue/a.txt", tmp_path / "s/figure3.png", tmp_path / "e/seed_bank/mesh.blend"]
+    files = "s/views/seed_catalogue/a", "s/figure3.png", "e/seed_bank/mesh.blend"
+    mine = [tmp_path / file for file in files]
     for file in mine:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
@@ -135,8 +136,8 @@ def test_an_object_whose_name_is_a_files_does_not_end_the_export(trained, tmp_pa
     state = load_checkpoint(trained / "last.pt")
     names = ["viewer.html", *state["names"][1:]]
     save_checkpoint(tmp_path / "run/last.pt", state | {"names": names})
-    export.main(["--autodecoder", str(tmp_path / "run"), "--reconstruct", "all", "--frames", "0", "--resolution",
-                 "8", "--level", "1", "--device", "cpu", "--out", str(tmp_path / "out")])
+    export.main(["--autodecoder", str(tmp_path / "run"), "--reconstruct", "all", "--frames", "0",
+                 "--level", "1", "--resolution", "8", "--device", "cpu", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "viewer.html is left out" in said and (tmp_path / "out/viewer.html").is_file()
 
@@ -174,7 +175,7 @@ def test_ctrl_c_while_torch_loads_is_one_line(script, tmp_path):
     (tmp_path / "numpy.py").write_text("")
     (tmp_path / "start.py").write_text(
         "import runpy, sys\nsys.path[:0] = sys.argv[1:3]\n"
-        f"runpy.{'run_module' if '-m' in script else 'run_path'}({script.split()[-1]!r}, run_name='__main__')\n")
+        f"runpy.run_{'module' if '-m' in script else 'path'}({script.split()[-1]!r}, run_name='__main__')\n")
     done = subprocess.run([sys.executable, str(tmp_path / "start.py"), str(tmp_path), str(ROOT)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode and done.stderr == "stopped; what was written before is kept\n"
@@ -183,8 +184,8 @@ def test_ctrl_c_while_torch_loads_is_one_line(script, tmp_path):
 def test_processes_are_born_deaf_to_ctrl_c():
     import signal
     with render_shapenet.no_ctrl_c():
-        child = subprocess.run([sys.executable, "-c", "import signal; print(int(signal.getsignal(signal.SIGINT)))"],
-                               capture_output=True, text=True)
+        ask = "import signal; print(int(signal.getsignal(signal.SIGINT)))"
+        child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     assert int(child.stdout) == signal.SIG_IGN
 
 
@@ -193,7 +194,8 @@ def test_a_flag_with_control_characters_is_refused(value):
     """A folder of such a name would stand in every message, table and picture"""
     with pytest.raises(UserError, match=r"--out a\\|--out caf\\udce9"):
         common.parse_config(diffusion.Config, diffusion.PRESETS, ["--out", value])
-    assert common.parse_config(diffusion.Config, argv=["--out", "caf\udce9"]).out == "caf\udce9"   # no UTF-8: a name
+    name = "caf\udce9"                                                   # bytes that are no UTF-8: a name
+    assert common.parse_config(diffusion.Config, argv=["--out", name]).out == name
 
 
 def test_a_row_whose_name_is_no_utf8_stands_in_the_tables(trained, tmp_path):

@@ -355,40 +355,54 @@ def test_views_at_once_see_each_other_and_single_ones_do_not():
         assert (told - both).abs().max() > 1e-5 and (label - both).abs().max() > 1e-5
     for way in ("told the camera", "four views at once"):
         poses = distill.around(1, 2, torch.Generator().manual_seed(0))
-        answer = lambda some: distill.guided(network, some, 1.0, poses, way, torch.Generator().manual_seed(0))
+        answer = lambda some: distill.imagined(network, some, 1.0, poses, way, SimpleNamespace(imagine=2),
+                                               torch.Generator().manual_seed(0))
         moved = (answer(x)[:, 0] - answer(changed)[:, 0]).abs().max()
         assert (moved > 1e-5) == (way == "four views at once")
 
 
-def test_negative_guidance_goes_away_from_the_samples_label():
+def test_the_contrast_is_what_photos_have_more_than_samples():
     network, x = small_denoiser(), torch.rand(1, 1, 16, 16, 3)
     network.leave[-1].weight.data.normal_()
-    poses = distill.around(1, 1, torch.Generator().manual_seed(0))
     same = lambda: torch.Generator().manual_seed(0)
-    answer = lambda guidance: distill.guided(network, x, 1.0, poses, "told nothing", same(), guidance)
-    plain, far = answer(0.0), answer(2.0)
-    z = network.plain(x) + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    poses = distill.around(1, 1, same())
+    found = distill.contrast(network, x, 1.0, poses, same())
+    z = network.plain(x) + torch.randn(x.shape, generator=same())
+    places = torch.nn.functional.normalize(poses[..., :3, 3], dim=-1)
     with torch.no_grad():
-        label = network(z, torch.ones(1), torch.zeros(1, 1, 3), torch.ones(1)) * network.spread + network.mean
-    assert torch.allclose(far, plain + 2 * (plain - label), atol=1e-5)
+        photo, made = (network(z, torch.ones(1), places, torch.full((1,), label)) for label in (0.0, 1.0))
+    assert found.abs().max() > 1e-5 and torch.allclose(found, (photo - made) * network.spread, atol=1e-6)
+
+
+def test_many_steps_of_a_denoiser_that_knows_one_photo_end_there():
+    photo = torch.rand(1, 1, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    class Knows:
+        mean, spread = 0.5, 2.0
+        plain = staticmethod(lambda some: (some - 0.5) / 2)
+        def __call__(self, x, sigma, places, made):
+            return self.plain(photo).expand(x.shape)
+    poses = distill.around(1, 1, torch.Generator().manual_seed(0))
+    found = distill.imagined(Knows(), torch.zeros(1, 1, 8, 8, 3), 5.0, poses, "told nothing",
+                             SimpleNamespace(imagine=3), torch.Generator().manual_seed(0))
+    assert torch.allclose(found, photo, atol=1e-5)
 
 
 def test_azimuths_are_read_where_fronts_look_like_backs():
     poses = torch.stack([common.camera_to_world_at(a, 10, 1.3) for a in (0, 30, 90, 200)]).float()
     places = torch.nn.functional.normalize(poses[:, :3, 3], dim=1)
-    right = lambda pictures: distill.doubled(places)
-    assert distill.angle_apart(right, None, places).max() < 1e-2
-    opposite = lambda pictures: distill.doubled(-places)
-    assert distill.angle_apart(opposite, None, places).max() < 1e-2
-    same = lambda pictures: distill.doubled(places[:1]).expand(4, -1)
-    assert torch.allclose(distill.angle_apart(same, None, places), torch.tensor([0.0, 30, 90, 20]), atol=1e-2)
+    right = lambda pictures: maps.doubled(places)
+    assert maps.angle_apart(right, None, places).max() < 1e-2
+    opposite = lambda pictures: maps.doubled(-places)
+    assert maps.angle_apart(opposite, None, places).max() < 1e-2
+    same = lambda pictures: maps.doubled(places[:1]).expand(4, -1)
+    assert torch.allclose(maps.angle_apart(same, None, places), torch.tensor([0.0, 30, 90, 20]), atol=1e-2)
 
 
 def test_descent_goes_to_what_the_denoiser_says(monkeypatch):
     """A denoiser that answers every picture with dark red: the object becomes dark red"""
     colour = torch.tensor([0.5, 0.1, 0.1])
-    monkeypatch.setattr(distill, "guided", lambda network, pictures, *rest: colour.expand(pictures.shape))
-    config = distill.Config(size=8, descent=30, objects=1, rate=0.2)
+    monkeypatch.setattr(distill, "imagined", lambda network, pictures, *rest: colour.expand(pictures.shape))
+    config = distill.Config(size=8, rounds=3, descent=10, objects=1, rate=0.2)
     K, cpu = common.intrinsics_at(8).float(), torch.device("cpu")
     volume = distill.distilled(None, config, "told nothing", K, cpu)
     assert volume.shape == (1, 4, 32, 32, 32)
