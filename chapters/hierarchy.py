@@ -229,8 +229,7 @@ def main(argv=None):
     with torch.no_grad():
         maps = [torch.cat(some) for some in zip(*[average.sample(levels, draws[k:k + 32], HEUN)
                                                   for k in range(0, config.count, 32)])]
-        # (Of features, the small network's answer at the voxels' centres)
-        volumes = levels.head(read(levels, maps).movedim(1, -1)).movedim(-1, 1)
+        volumes = levels.head(read(levels, maps).movedim(1, -1)).movedim(-1, 1)    # of features: at centres
         write_volumes(run.folder, volumes, parameters, (time.time() - began) / config.count)
         # What does each level decide?  Seed 0, and seven times one level anew (f, c, g), then all of them
         g, c, f = (some[:1].expand(7, *some.shape[1:]) for some in maps)
