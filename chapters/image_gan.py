@@ -15,8 +15,8 @@ shape convinces D just as well.  `--front 40` keeps only such photos; look at tu
 
 in   data/earphones_train/       photos and cameras
 out  runs/image_gan/             last.pt, log.jsonl, curve.png, previews/, volumes.pt, samples.png, turned.png
-run  python -m chapters.image_gan                                              TIMEGAN (row L5)
-     python -m chapters.image_gan --front 40 --steps 1200 --out runs/hollow    photos from the front alone
+run  python -m chapters.image_gan                                              one core: 19 min (row L5)
+     python -m chapters.image_gan --front 40 --steps 900 --out runs/hollow    photos from the front alone
      python -m lab.evaluate --rows runs/image_gan                              in the lab's table
 read Critic, pictures_of, main.
 """
@@ -200,7 +200,7 @@ def main(argv=None):
     plot_log(run.folder, "share taken for photos", real="photos", made="renderings")
     print(f"wrote {run.folder}: last.pt, volumes.pt, samples.png, curve.png, turned.png (each from the "
           f"front, and further round).  {named(volumes[:64], photos)} of {len(photos.names)} objects are the "
-          "nearest of some of 64 samples")
+          "nearest of some of 64 samples (row L5: 17)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ RenderDiffusion: then what is behind is guessed from one side.
 
 in   data/earphones_train/       photos and cameras
 out  runs/render_diffusion/      last.pt, log.jsonl, curve.png, volumes.pt, samples.png, steps.png
-run  python -m chapters.render_diffusion                         two CPU cores: 15 min (row L6)
+run  python -m chapters.render_diffusion                         one core: 18 min, then 5 to sample (row L6)
      python -m chapters.render_diffusion --views 1 --out runs/one_view
      python -m lab.evaluate --rows runs/render_diffusion         in the lab's table
 read Pictures, main.
@@ -62,8 +62,8 @@ class Config:
     dense_steps: int = 200               # steps before empty space is skipped
     lr: float = 2e-3                     # learning rate, at its highest
     ema: float = 0.998                   # decay of the averaged weights, which sample (from 0 to 1)
-    walk: int = 32                       # steps of the sampler (at least 2)
-    count: int = 192                     # samples drawn at the end (at least 2)
+    walk: int = 16                       # steps of the sampler (at least 2)
+    count: int = 64                      # samples drawn at the end (at least 2)
     precision: str = "auto"              # auto | bf16 | float32: of the convolutions; auto asks the hardware
     seed: int = 0                        # of the weights and the batches
     device: str = "auto"                 # auto, cpu or cuda
