@@ -344,7 +344,7 @@ def main(argv=None):
 
     own = rivals(model, denoiser, config, device)
     sets = {name: (model, latents) for name, latents in own.items()} | families
-    codes = held_out_codes(model, config, unseen, device)
+    codes = held_out_codes(model, config, None if config.data else unseen, device)
     if codes is not None:
         sets["held-out objects"] = model, latents_of(model, codes)
     for name, (shown_by, some) in sets.items():

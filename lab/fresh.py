@@ -224,9 +224,9 @@ def training_cells(names, folder):
 # ------------------------------------------------------------------------------- as the decoder can show them
 
 def held_out_codes(model, config, unseen, device):
-    """Codes of unseen objects, fitted to eight photos of each: of --data; else of fresh ones; where there are
-    none (real data) of those that --holdout kept from training, or None.  Fitted once, and kept."""
-    if unseen and not config.data:
+    """Codes of unseen objects, fitted to eight photos of each; where there are no fresh ones (real data) of
+    those that --data names or --holdout kept from training, or None.  Fitted once for a model, and kept."""
+    if unseen:
         N = len(unseen["rgb"])
         poses = cameras(AROUND[:8]).expand(N, -1, -1, -1)
         K = intrinsics_at(PIXELS).float().expand(N, 3, 3)
