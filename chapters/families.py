@@ -212,7 +212,7 @@ def read_samples(folder, model):
 
 def folders(rows):
     """The folders named; for the one word `chapters`, all in runs/ that hold samples"""
-    if rows != ("chapters",):
+    if list(rows) != ["chapters"]:
         return [row for row in rows if row]
     found = [file.parent for kind in ("latents", "volumes") for file in Path("runs").glob(f"**/{kind}.pt")]
     if not found:

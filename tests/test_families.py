@@ -230,6 +230,17 @@ def test_photos_are_lifted(trained, data, tmp_path, capsys):
         lift.main([*flags, "--given", "6", "--out", str(tmp_path / "more")])
 
 
+def test_one_word_names_all_folders_that_hold_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert families.folders(("",)) == [] and families.folders(["a", "b"]) == ["a", "b"]
+    with pytest.raises(UserError, match="run a chapter first"):
+        families.folders(["chapters"])
+    for file in ("runs/a/latents.pt", "runs/b/volumes.pt", "runs/b/mended/latents.pt"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert families.folders(["chapters"]) == ["runs/a", "runs/b", "runs/b/mended"]
+
+
 # ---- maps, hierarchy ----
 
 def test_heights_go_into_channels_and_back():
