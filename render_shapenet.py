@@ -296,8 +296,10 @@ def worker_setup():
 def no_ctrl_c():
     """Processes that are started here are born deaf to Ctrl-C.  worker_setup comes after their imports"""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def render_all(todo, config, device):

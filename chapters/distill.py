@@ -11,6 +11,9 @@ A network learns from photos to read the camera's azimuth.  Of a good object it 
 rendered; of a Janus object it reads the same one everywhere.  One D serves three ways: it is told nothing;
 it is told the camera; it sees four views of an object at once, and says what could be *one* object.
 
+DreamFusion takes one step of D and one of the volume, in turn.  Here D takes several, to imagine a photo for
+each of four cameras, the volume some towards them, and then again with less noise.
+
 Last comes NeuralField-LDM's post-optimisation.  D also learns what renderings of stage 2's samples look like,
 by a label.  Then it guides those samples away from that label, towards photos (negative guidance).
 
@@ -19,7 +22,7 @@ out  runs/distill/            last.pt, log.jsonl, curve.png, janus.txt, janus.pn
      runs/distill/mended/     latents.pt: stage 2's first samples after post-optimisation, a row for the lab
 run  python -m chapters.distill                                          one core: 22 min (row L7)
      python -m lab.evaluate --rows runs/distill runs/distill/mended      in the lab's table
-read distilled, guided, mended, main; and PictureDenoiser in maps.py.
+read imagined, distilled, contrast, mended, main; and PictureDenoiser in maps.py.
 """
 import time
 from dataclasses import dataclass, fields
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 
 from autodecoder import BETAS, fast_precision, learning_rate_share, plot_log
 from chapters.families import AsVolumes, improve, record, resume, shown, smooth, write_samples, write_volumes
-from chapters.maps import PictureDenoiser, ViewReader, angle_apart, doubled
+from chapters.maps import PictureDenoiser, ViewReader, angle_apart, doubled, loss_of
 from common import (Run, UserError, camera_to_world_at, command, parse_config, pick_device, save_preview,
                     save_text, to_bytes)
 from diffusion import sample
@@ -66,7 +69,7 @@ class Config:
     fresh: bool = False                  # throw away the run in --out and start over
 
 
-PRESETS = {"cpu": {}, "gpu": dict(size=64, width=96, steps=20000, batch=128, descent=2000),
+PRESETS = {"cpu": {}, "gpu": dict(size=64, width=96, steps=20000, batch=128, rounds=24),
            "smoke": dict(size=16, width=8, steps=4, batch=4, rounds=2, descent=2, objects=2, seen=2, mended=2,
                          mending=2, save_every=2, log_every=2)}
 FREE = ("out", "device", "log_every", "save_every", "fresh", "rounds", "descent", "rate", "objects", "mended",
@@ -100,7 +103,7 @@ def imagined(network, pictures, sigma, poses, way, config, generator):
 
 
 def distilled(network, config, way, K, device):
-    """-> volumes (objects,4,N,N,N), from fog"""
+    """-> volumes (objects,4,N,N,N), from fog, in rounds"""
     N, field = 32, AsVolumes().field
     generator = torch.Generator().manual_seed(config.seed + 1)
     centre = (torch.arange(N) + 0.5) / N - 0.5
@@ -183,10 +186,10 @@ def main(argv=None):
     networks = {"network": network, "reader": reader}
     optimizers = [torch.optim.Adam(some.parameters(), betas=BETAS) for some in (network, reader)]
     step, parameters = resume(run, model, networks, optimizers), sum(p.numel() for p in network.parameters())
-    numbers = {}
     print(f"photos of {len(photos.names)} objects; {parameters / 1e6:.2f} M parameters")
 
     with run:
+        numbers = {}
         while step < config.steps:
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config.steps, 0.03)
@@ -203,11 +206,9 @@ def main(argv=None):
             x = z + sigma.view(-1, 1, 1, 1, 1) * torch.randn(z.shape, generator=generator).to(z)
             with fast_precision(model.config, device):
                 clean = network(x, sigma, place * told, torch.full_like(sigma, label))
-            weight = ((1 + sigma ** 2) / sigma ** 2).view(-1, 1, 1, 1, 1)
-            loss = (weight * (clean - z).square()).mean()
+            loss = loss_of(clean, z, sigma.view(-1, 1, 1, 1, 1))
             reading = (reader(pictures.flatten(0, 1)) - doubled(place.flatten(0, 1))).square().mean()
-            improve(run, step, loss, optimizers[0])
-            improve(run, step, reading, optimizers[1])
+            improve(run, step, loss, optimizers[0]) and improve(run, step, reading, optimizers[1])
             step += 1
             numbers |= {"four" if V == VIEWS else "single": loss.detach(), "reading": reading.detach()}
             record(run, model, networks, optimizers, step, config.steps, numbers)
@@ -235,8 +236,7 @@ def main(argv=None):
 
     # Stage 2's first samples, before and after
     before = stage2.latents(sample(stage2, range(config.mended)))
-    began = time.time()
-    after = mended(network, model, before, config, K)
+    began, after = time.time(), mended(network, model, before, config, K)
     write_samples(run.folder / "mended", model, after, parameters, (time.time() - began) / config.mended)
     pictures = [to_bytes(render_views(model, some[:8], cameras(ANGLES[:2]), SIZE)[0].transpose(0, 1))
                 for some in (before, after)]

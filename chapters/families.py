@@ -6,7 +6,7 @@ in   runs/*/latents.pt, volumes.pt   samples of the chapters, and what they cost
 out  runs/families.png               eight samples of each, seeds 0 to 7: none is picked
 run  python -m chapters.families
      python -m lab.evaluate --rows runs/analytic runs/gaudi       the same families in the lab's table
-read to_learn, write_samples, read_samples.
+read to_learn, improve, record, write_samples, read_samples.
 """
 import sys
 import time
@@ -61,7 +61,7 @@ def to_learn(model, config):
 class AsVolumes:
     """Stage 1's renderer, for functions that make volumes of what they get, and get volumes"""
     def __init__(self, field=None):
-        self.config, self.to_volume, self.volumes_of = SimpleNamespace(samples=48), lambda v: v, lambda v: v
+        self.config, self.to_volume = SimpleNamespace(samples=48), lambda volume: volume
         self.field = field or (lambda channels, position: Autodecoder.field(self, channels, position))
 
 
@@ -214,7 +214,7 @@ def folders(rows):
     """The folders named; for the one word `chapters`, all in runs/ that hold samples"""
     if list(rows) != ["chapters"]:
         return [row for row in rows if row]
-    found = [file.parent for kind in ("latents", "volumes") for file in Path("runs").glob(f"**/{kind}.pt")]
+    found = {file.parent for kind in ("latents", "volumes") for file in Path("runs").glob(f"**/{kind}.pt")}
     if not found:
         raise UserError("no folder in runs/ holds samples: run a chapter first, as python -m chapters.gaudi")
     return sorted(map(str, found))

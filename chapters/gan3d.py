@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import diffusion
 from autodecoder import load_autodecoder, plot_log
-from chapters.families import follow, keep, resume, to_learn, with_box, write_samples
+from chapters.families import follow, record, resume, to_learn, with_box, write_samples
 from common import Run, UserError, command, parse_config, pick_device, save_preview, to_bytes
 from diffusion import latents_of, nearest, noise_of
 from volume_render import ANGLES, SIZE, cameras, render_views
@@ -106,6 +106,21 @@ def r1_penalty(discriminator, real):
     return said, gradient.square().flatten(1).sum(1).mean()
 
 
+def compete(run, step, optimizers, critic_loss, maker_loss):
+    """A step of the critic, then one of the maker -> the loss of the maker.  That is a function: the critic
+    moves first"""
+    optimizers[1].zero_grad()
+    critic_loss.backward()
+    if critic_loss.isfinite():
+        optimizers[1].step()
+    loss = maker_loss()
+    optimizers[0].zero_grad()
+    loss.backward()
+    if run.finite(step, critic_loss.item() + loss.item()):
+        optimizers[0].step()
+    return loss
+
+
 def named(latents, training):
     """How many training objects are the nearest one of some latent"""
     return len(nearest(latents, training)[1][:, 0].unique())
@@ -148,31 +163,20 @@ def main(argv=None):
             said, steep = r1_penalty(critic, real[item])
             fake = critic(maker(noise[0]).detach())
             critic_loss = (F.softplus(-said) + F.softplus(fake)).mean()
-            optimizers[1].zero_grad()
-            (critic_loss + config.r1 / 2 * steep).backward()
-            well = run.finite(step, (critic_loss + steep).item())
-            if well:
-                optimizers[1].step()
 
             # The maker: up on what it makes, by the critic's gradient
-            maker_loss = F.softplus(-critic(maker(noise[1]))).mean()
-            optimizers[0].zero_grad()
-            maker_loss.backward()
-            if well and run.finite(step, maker_loss.item()):
-                optimizers[0].step()
-                follow(average, maker, step, config.ema)
+            maker_loss = compete(run, step, optimizers, critic_loss + config.r1 / 2 * steep,
+                                 lambda: F.softplus(-critic(maker(noise[1]))).mean())
+            follow(average, maker, step, config.ema)
             step += 1
 
-            if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, maker=maker_loss.item(), critic=critic_loss.item(),
-                        real=said.sigmoid().mean().item(), made=fake.sigmoid().mean().item())
             if step % config.preview_every == 0 or step == config.steps:
                 run.log(step, config.steps, show=False, named=named(drawn(range(config.count)), training))
                 rgb = render_views(model, drawn(range(8)), cameras(ANGLES[:2]), SIZE)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(rgb.transpose(0, 1)))
-            if step % config.save_every == 0 or step == config.steps or run.stopping:
-                keep(run, model, networks, optimizers, step)
-            run.stop_if_asked(step)
+            record(run, model, networks, optimizers, step, config.steps,
+                   {"maker": maker_loss, "critic": critic_loss, "real": said.sigmoid().mean(),
+                    "made": fake.sigmoid().mean()})
 
     began = time.time()
     latents = drawn(range(config.count))

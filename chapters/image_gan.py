@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 import autodecoder
 from autodecoder import Autodecoder, plot_log
-from chapters.families import AsVolumes, follow, keep, resume, shown, smooth, write_volumes
-from chapters.gan3d import r1_penalty
+from chapters.families import AsVolumes, follow, record, resume, shown, smooth, write_volumes
+from chapters.gan3d import compete, r1_penalty
 from common import Run, UserError, command, parse_config, pick_device, save_preview, to_bytes
 from diffusion import noise_of
 from shapes.packed import read_photos
@@ -167,30 +167,19 @@ def main(argv=None):
                 fake = show(0, seen)
             told = critic_of(seen)(fake)
             critic_loss = (F.softplus(-said) + F.softplus(told)).mean()
-            optimizers[1].zero_grad()
-            (critic_loss + config.r1 / 2 * steep).backward()
-            well = run.finite(step, (critic_loss + steep).item())
-            if well:
-                optimizers[1].step()
 
             # The maker: up on what it makes, by the critic's gradient through the renderer
-            maker_loss = F.softplus(-critic_of(again)(show(1, again))).mean()
-            optimizers[0].zero_grad()
-            maker_loss.backward()
-            if well and run.finite(step, maker_loss.item()):
-                optimizers[0].step()
-                follow(average, maker, step, config.ema)
+            maker_loss = compete(run, step, optimizers, critic_loss + config.r1 / 2 * steep,
+                                 lambda: F.softplus(-critic_of(again)(show(1, again))).mean())
+            follow(average, maker, step, config.ema)
             step += 1
 
-            if step % config.log_every == 0 or step == config.steps:
-                run.log(step, config.steps, maker=maker_loss.item(), critic=critic_loss.item(),
-                        real=said.sigmoid().mean().item(), made=told.sigmoid().mean().item())
             if step % config.preview_every == 0 or step == config.steps:
                 turned = render_views(AsVolumes(), drawn(range(8)), cameras(TURN), 2 * config.size)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(turned.transpose(0, 1)))
-            if step % config.save_every == 0 or step == config.steps or run.stopping:
-                keep(run, None, networks, optimizers, step)
-            run.stop_if_asked(step)
+            record(run, None, networks, optimizers, step, config.steps,
+                   {"maker": maker_loss, "critic": critic_loss, "real": said.sigmoid().mean(),
+                    "made": told.sigmoid().mean()})
 
     began = time.time()
     volumes = drawn(range(config.count))

@@ -1,7 +1,7 @@
 """
 Networks that chapters on other families share: a codebook (autoregressive.py, hierarchy.py), a denoiser of
-maps (hierarchy.py), and one of pictures that may see several views of an object at once (distill.py).  Both
-denoisers are EDM's, as in stage 2: a linear guess, and a network for the rest.
+maps (hierarchy.py), one of pictures that may see several views of an object at once, and a reader of azimuths
+(distill.py).  Both denoisers are EDM's, as in stage 2: a linear guess, and a network for the rest.
 """
 from types import SimpleNamespace
 
@@ -10,6 +10,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import choose_levels, heun_sample, level_embedding
+
+
+def guess(x, sigma, said):
+    """EDM's: a linear guess, and what the network said for the rest.  Its error weighs alike at all levels"""
+    total = (1 + sigma ** 2).sqrt()
+    return x / total ** 2 + sigma / total * said
+
+
+def loss_of(clean, z, sigma):
+    """Squared error of a guess, with EDM's weight"""
+    return ((clean - z).square() * (1 + sigma ** 2) / sigma ** 2).mean()
 
 
 class Words(nn.Module):
@@ -102,19 +113,19 @@ class Maker(nn.Module):
         self.levels.copy_(choose_levels(((maps - self.mean) / self.spread).flatten(1), 0.02, generator)[0])
 
     def denoise(self, x, sigma, told):
-        """EDM's: a linear guess, and the network for the rest, whose error weighs alike at all levels"""
+        """x = z + sigma n, of mean square 1 without the noise -> z"""
         sigma = sigma.view(-1, 1, 1, 1)
-        total, level = (1 + sigma ** 2).sqrt(), level_embedding(sigma.flatten().log() / 4, self.half)
-        h = self.enter(torch.cat([x / total, told], 1))
+        level = level_embedding(sigma.flatten().log() / 4, self.half)
+        h = self.enter(torch.cat([x / (1 + sigma ** 2).sqrt(), told], 1))
         for block in self.blocks:
             h = block(h, self.level(level))
-        return x / total ** 2 + sigma / total * self.leave(h).float()
+        return guess(x, sigma, self.leave(h).float())
 
     def loss(self, maps, told, generator):
         z, u = (maps - self.mean) / self.spread, torch.rand(len(maps), generator=generator)
         sigma = self.levels[(999 * u).round().long().to(z.device)].view(-1, 1, 1, 1)
         x = z + sigma * torch.randn(z.shape, generator=generator).to(z)
-        return ((self.denoise(x, sigma, told) - z).square() * (1 + sigma ** 2) / sigma ** 2).mean()
+        return loss_of(self.denoise(x, sigma, told), z, sigma)
 
     def sample(self, told, draws, steps):
         """told (B,K,h,w), a function that draws noise for each -> (B,C,h,w)"""
@@ -145,12 +156,12 @@ class PictureDenoiser(nn.Module):
     def forward(self, x, sigma, places, made):
         """Noised pictures, sigma (B,), where the cameras are (B,V,3) or zeros, made (B,): 1 for renderings of
         stage 2's samples -> clean pictures"""
-        B, V, H = x.shape[:3]
-        total = (1 + sigma ** 2).sqrt().view(-1, 1, 1, 1, 1)
+        B, V = x.shape[:2]
         level = level_embedding(sigma.log() / 4, self.half)[:, None].expand(-1, V, -1)
         told = self.level(torch.cat([level, places, places.norm(dim=2, keepdim=True),
                                      made.view(-1, 1, 1).expand(-1, V, 1)], 2).flatten(0, 1))
-        h, kept = self.enter((x / total).flatten(0, 1).permute(0, 3, 1, 2)), []
+        sigma = sigma.view(-1, 1, 1, 1, 1)
+        h, kept = self.enter((x / (1 + sigma ** 2).sqrt()).flatten(0, 1).permute(0, 3, 1, 2)), []
         for k, level in enumerate(self.down):
             h = level(F.avg_pool2d(self.wider[k - 1](h), 2) if k else h, told)
             kept.append(h)
@@ -162,8 +173,7 @@ class PictureDenoiser(nn.Module):
         for k in (2, 1, 0):
             h = self.up[k](h + kept[k], told)
             h = F.interpolate(self.narrower[k - 1](h), scale_factor=2) if k else h
-        said = self.leave(h).float().permute(0, 2, 3, 1).view(x.shape)
-        return x / total ** 2 + sigma.view(-1, 1, 1, 1, 1) / total * said
+        return guess(x, sigma, self.leave(h).float().permute(0, 2, 3, 1).view(x.shape))
 
     def plain(self, pictures):
         return (pictures - self.mean) / self.spread

@@ -24,6 +24,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -34,7 +35,7 @@ from autodecoder import (BETAS, Autodecoder, draw_batch, fast_precision, jitter,
 from chapters.families import AsVolumes, follow, improve, record, resume, write_volumes
 from chapters.lift import Lift
 from common import Run, UserError, command, intrinsics_at, parse_config, pick_device, save_preview, to_bytes
-from diffusion import noise_of
+from diffusion import ancestral_sample, noise_of
 from shapes.packed import read_photos
 from volume_render import cameras, render_volumes
 
@@ -108,16 +109,20 @@ def drawn(network, seeds, config, trace=None):
     draws = [noise_of(seed) for seed in seeds]
     shape = config.views, config.size, config.size, 3
     noise = lambda: torch.stack([draw(shape) for draw in draws]).to(poses)
-    sigmas = torch.linspace(math.log(config.high), math.log(config.low), config.walk).exp().tolist()
-    x, show = config.high * noise(), AsVolumes()
-    for now, after in zip(sigmas, [*sigmas[1:], 0]):
-        volumes = network(x, poses.expand(B, -1, -1, -1), K.expand(B, 3, 3), torch.full((B,), now).to(poses))
-        seen = 2 * render_volumes(show, volumes, poses, real, config.size)[0] - 1
+    levels = torch.linspace(math.log(config.high), math.log(config.low), config.walk).exp()
+    volumes = None
+
+    def denoise(x, sigma):
+        """What stage 2's sampler asks for: a volume's renderings, as the clean pictures"""
+        nonlocal volumes
+        volumes = network(x, poses.expand(B, -1, -1, -1), K.expand(B, 3, 3), sigma[:, 0])
+        seen = 2 * render_volumes(AsVolumes(), volumes, poses, real, config.size)[0] - 1
         if trace is not None:
             trace.append((x, seen))
-        # DDPM's step, as in stage 2: part of the noise is kept, part is drawn anew
-        kept = (after / now) ** 2
-        x = seen + kept * (x - seen) + after * math.sqrt(1 - kept) * noise()
+        return seen
+    bound, sigmas = SimpleNamespace(denoise=denoise), torch.cat([levels, torch.zeros(1)]).to(poses)
+    for _ in ancestral_sample(bound, config.high * noise(), sigmas, noise):
+        pass
     return volumes
 
 

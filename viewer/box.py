@@ -12,6 +12,7 @@ from pathlib import Path
 
 from autodecoder import fingerprint, load_autodecoder
 from common import UserError, command, load_stage, parse_config, save_checkpoint
+from diffusion import load_denoiser
 
 
 @dataclass
@@ -32,10 +33,7 @@ def main(argv=None):
             raise UserError(f"{Path(config.out, name)} holds a run of its own: use another --out")
     second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py", "denoiser")
     first = load_stage(second["config"]["autodecoder"], "stage 1's model", "autodecoder.py", "model")
-    model, _ = load_autodecoder(second["config"]["autodecoder"])
-    if fingerprint(model) != second.get("autodecoder"):
-        raise UserError(f"{config.diffusion} was trained on another autodecoder than "
-                        f"{second['config']['autodecoder']} is now: python diffusion.py --fresh")
+    load_denoiser(config.diffusion)          # refuses one that was trained on another autodecoder
     kept = {key: first[key] for key in ("config", "names", "step")}
     save_checkpoint(Path(config.out, "autodecoder/last.pt"), kept | {"model": small(first["model"])})
     # Rounding changed the weights a little: the denoiser is now that of the rounded autodecoder
