@@ -416,7 +416,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
           f"{denoiser.levels[-1]:.3g}; {sum(p.numel() for p in denoiser.network.parameters())} parameters")
 
     with run:
-        plot_levels(denoiser, sigma, entropy, run.folder / "levels.png")
+        if run.first_process:
+            plot_levels(denoiser, sigma, entropy, run.folder / "levels.png")
         while step < config.steps:
             # Schedule
             share = learning_rate_share(step, config.steps, config.lr_floor)
