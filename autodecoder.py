@@ -18,7 +18,6 @@ in   data/earphones_train/       photos and cameras; made by stage 0 first, if t
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
 run  python autodecoder.py                                       72 objects: 30.75 dB (row A6)
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one object: 30.15 dB
-     python -m chapters.few_views --views 2                          new objects, from two photos each
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
 read Config, Autodecoder, draw_batch, recolouring, photos_nobody_took, reconstruction_loss, main; fit_codes.
 """
@@ -38,13 +37,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-
 import render_shapenet
 from shapes.packed import read_photos
 from shapes.photos import kinds_of
-from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views,
+from volume_render import (draw_pipeline, mean_of, occupancy, pixel_rays, render, score_views, table,
                            truth_and_ours)
-
 
 @dataclass
 class Config:
@@ -99,13 +96,11 @@ PRESETS = {
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   # may change on resume
 
 # ------------------------------------------------------------------------------------------------ the decoder
-
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
 BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
 
 class Block(nn.Module):
     """Two 3^3 convolutions, each after a norm and a nonlinearity, around a skip."""
-
     def __init__(self, width):
         super().__init__()
         # One group: on a CPU, with channels last, eight groups make the norm's gradient 20 times slower
@@ -119,7 +114,6 @@ class Block(nn.Module):
 class Autodecoder(nn.Module):
     """The codes of all training objects, and the decoder that they share, in three steps:
     to_latent (G1), to_volume (G2), and `field`, which the renderer calls with looked-up channels."""
-
     def __init__(self, config, objects):
         super().__init__()
         self.config, widths, first = config, config.channels, config.channels[0]
@@ -218,7 +212,6 @@ def fingerprint(model):
     return digest([model.state_dict(), knobs])
 
 # -------------------------------------------------------------------------------------- a batch, and its loss
-
 def draw_batch(photos, config, views, generator, objects=None):
     """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R)"""
     # A few objects, each decoded once and seen by rays from many of its photos: decoding costs the most
@@ -296,20 +289,7 @@ def jitter(batch, samples, generator, device):
         generator = torch.Generator(device).manual_seed(generator.initial_seed())
     return torch.rand(*batch[0].shape[:2], samples, generator=generator, device=device)
 
-# ------------------------------------------------------------------------------------------------- measuring
-
-def table(rows, kinds):
-    """The closing table: means by kind of object, ours beside a white picture."""
-    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   "
-             f"{'opacity beyond 2 px':>19}"]
-    for kind in [*sorted(set(kinds)), "all"]:
-        chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
-        m = {key: mean_of(chosen, key) for key in chosen[0]}
-        count = len({row["object"] for row in chosen})
-        pairs = "   ".join(f"{m[key]:5.2f} / {m[key + '_fg']:5.2f}" for key in ("ours", "white"))
-        lines.append(f"{kind:<16} {count:>3} objects   {pairs}   {m['haze']:>19.4f}")
-    return "\n".join(lines)
-
+# ---------------------------------------------------------------------------------------------------- the log
 def read_log(folder):
     """The rows of log.jsonl.  Lines that a kill cut off, or that are no rows, are passed over"""
     rows, log = [], Path(folder) / "log.jsonl"
@@ -320,8 +300,7 @@ def read_log(folder):
 
 def plot_log(folder, ylabel, **labels):
     """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
     for key, label in labels.items():
         points = [(row["step"], row[key]) for row in read_log(folder) if {"step", key} <= set(row)]
         if points:
@@ -329,7 +308,7 @@ def plot_log(folder, ylabel, **labels):
             axis.plot(*zip(*points), lw=0.7 if often else 1.5, marker="" if often else "o", ms=3, label=label)
     axis.set(xlabel="step", ylabel=ylabel)
     axis.legend()
-    save_figure(Path(folder, "curve.png"), figure)
+    save_figure(Path(folder, "curve.png"), axis.figure)
 
 # ------------------------------------------------------------------------------------------------------ main
 # Adam's second beta is below the usual 0.999, so a rare large gradient is forgotten after a hundred steps.
@@ -350,8 +329,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     if not os.path.exists(config.data) and config.data == Config.data:
         print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
         render_shapenet.main([])
-    with first_then_others():
-        photos = read_photos(config.data, config.size, config.objects)
+    photos = first_then_others(lambda: read_photos(config.data, config.size, config.objects))
     count = photos.rgb.shape[1]
     if not 1 <= config.holdout_views < count:
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
@@ -384,8 +362,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
     if config.recolour and not photos.has_masks:
         print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
         config.recolour = 0.0
-    with first_then_others():
-        palettes, extents = photos.measured(train_views)
+    palettes, extents = first_then_others(lambda: photos.measured(train_views))
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
@@ -457,7 +434,6 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
           "Next: python diffusion.py")
 
 # ----------------------------------------------------------------------------------------------- new objects
-
 def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     """Test-time auto-decoding: codes of unseen objects from the photos `views` (indices) of each, the decoder
     frozen -> (N,W)"""

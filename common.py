@@ -26,34 +26,26 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
+STOPPED = "stopped; what was written before is kept"
+sys.excepthook = lambda kind, error, trace: (print(STOPPED, file=sys.stderr) if kind is KeyboardInterrupt
+                                             else sys.__excepthook__(kind, error, trace))
 
-def ended(kind, error, trace):
-    """What Python calls for an error that nobody caught.  Ctrl-C needs no traceback"""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped; what was written before is kept", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-sys.excepthook = ended                  # before torch, which takes a second to load
-
-import numpy as np
+import numpy as np      # after the line above, so that Ctrl-C is one line also in the second that torch loads
 import torch
 import torch.distributed as dist
 from PIL import Image
-
 
 class UserError(SystemExit):
     """A mistake that the user can mend.  Python prints its one sentence, without a traceback."""
     def __init__(self, message):
         super().__init__(plain(message))
-
 
 def plain(text):
     """What cannot be printed is written out, because the names of files may hold anything"""
@@ -95,6 +87,9 @@ def parse_config(Config, presets=None, argv=None):
     command.knobs = asdict(config)                                # which it names if memory runs out
     return config
 
+def wrong_flag(message):
+    raise UserError(f"{message}  (--help lists the flags)")
+
 def comments_of(Config):
     """Field -> comment, from the source.  A chapter's Config inherits fields, so its parents are read too"""
     sources = [inspect.getsource(parent) for parent in reversed(Config.__mro__[:-1])]
@@ -112,8 +107,8 @@ def checked(config, where=""):
         found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
         most = 1e6 if kind is int and field.name != "seed" else 1e12
         low, high = (float(found[1]), float(found[2] or most)) if found else (0, most)
-        wanted = choices[1] if choices else "printable text" if kind is str else kind.__name__
-        wanted = f"at least {low:g}, at most {high:,.12g}" if kind in (int, float) else wanted
+        wanted = f"at least {low:g}, at most {high:,.12g}" if kind in (int, float) else kind.__name__
+        wanted = choices[1] if choices else "printable text" if kind is str else wanted
         for one in values:
             # NaN (not a number) fails every comparison, so `low <= one` refuses it; `not one < low` would not
             number = kind in (int, float) and type(one) in (int, kind)
@@ -124,9 +119,50 @@ def checked(config, where=""):
                 raise UserError(f"{where}--{field.name} {one}: {wanted} is wanted")
     return config
 
-def wrong_flag(message):
-    raise UserError(f"{message}  (--help lists the flags)")
+def command(main):
+    """What `python stage.py` runs.  Ctrl-C or want of memory ends it with one line, a closed pipe silently"""
+    sys.stdout, began = sys.stdout or open(os.devnull, "w"), time.time()      # None if the shell closed it
+    try:
+        main()
+        # It is flushed here, because a closed pipe must be noticed inside the `try`
+        print(f"in {clock(time.time() - began)}{peak_memory()}", flush=True)
+    except KeyboardInterrupt:
+        raise UserError(STOPPED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes once more at exit
+    except OSError as error:                  # a name that is too long, a folder that may not be read
+        raise UserError(error) from None
+    except (MemoryError, RuntimeError) as error:
+        if dist.is_initialized() and re.search("peer|[Tt]imed out|NCCL|[Cc]onnection", str(error)):
+            raise UserError("another process of this run has ended; what is saved is intact, and the same "
+                            "command goes on") from None
+        # torch has many words for too little memory, and for a size that it cannot even count
+        if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
+            raise
+        sizes = {f"--{name} {value}": np.max(value or 0) for name, value in command.knobs.items()
+                 if np.asarray(value).dtype.kind == "i" and name != "seed"}
+        raise UserError("more memory is needed than there is; the largest knobs are "
+                        + ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])) from None
 
+def peak_memory():
+    """What this process has held at most, for the last line"""
+    gpu = f", the GPU's {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
+    with suppress(ImportError):                                              # Windows keeps no such count
+        import resource
+        unit = 1e-9 if sys.platform == "darwin" else 1024e-9                 # a Mac counts in bytes
+        return f"; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit:.1f} GB{gpu}"
+    return gpu
+
+def judge(config, free, what, value, low, high, where):
+    """Compares a number with the one that the header promises.  It says so, and never fails a run"""
+    # Other knobs promise nothing.  Nor does a chapter, whose Config inherits from a stage's
+    here = lambda some: {key: value for key, value in asdict(some).items() if key not in free}
+    if here(type(config)()) != here(config) or type(config).__base__ is not object:
+        return f"{what}: not judged, because this is not the default stage"
+    wrong = "" if low <= value <= high else "not "
+    return f"{what}: {wrong}as expected ({low:g} to {high:g}){wrong and f'; see {where}'}"
+
+# --------------------------------------------------------------------------------------- device and processes
 def pick_device(name="auto"):
     """`auto`, cpu, cuda or cuda:1 -> torch.device.  `auto` takes a CUDA GPU if there is one."""
     # Apple's MPS lacks float64 and the gradient of a lookup in a 3D volume, so a Mac uses its CPU
@@ -146,51 +182,6 @@ def pick_device(name="auto"):
             sys.stdout = open(os.devnull, "w")
     return torch.device(name)
 
-def command(main):
-    """What `python stage.py` runs.  Ctrl-C or want of memory ends it with one line, a closed pipe silently"""
-    sys.stdout = sys.stdout or open(os.devnull, "w")         # None if the shell closed it (>&-)
-    try:
-        began = time.time()
-        main()
-        # It is flushed here, because a closed pipe must be noticed inside the `try`
-        print(f"in {clock(time.time() - began)}{peak_memory()}", flush=True)
-    except KeyboardInterrupt:
-        raise UserError("stopped; what was written before is kept") from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes once more at exit
-    except OSError as error:                  # a name that is too long, a folder that may not be read
-        raise UserError(error) from None
-    except (MemoryError, RuntimeError) as error:
-        if dist.is_initialized() and re.search("peer|[Tt]imed out|NCCL|[Cc]onnection", str(error)):
-            raise UserError("another process of this run has ended; what is saved is intact, and the same "
-                            "command goes on") from None
-        # torch has many words for too little memory, and for a size that it cannot even count
-        if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
-            raise
-        sizes = {f"--{name} {value}": np.max(value or 0) for name, value in command.knobs.items()
-                 if np.asarray(value).dtype.kind == "i" and name != "seed"}
-        largest = ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])
-        raise UserError(f"more memory is needed than there is; the largest knobs are {largest}") from None
-
-def peak_memory():
-    """What this process has held at most, for the last line"""
-    gpu = f", the GPU's {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-    with suppress(ImportError):                                              # Windows keeps no such count
-        import resource
-        unit = 1e-9 if sys.platform == "darwin" else 1024e-9                 # a Mac counts in bytes
-        return f"; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit:.1f} GB{gpu}"
-    return gpu
-
-def judge(config, free, what, value, low, high, where):
-    """Compares a number with the one that the header promises.  It says so, and never fails a run"""
-    # Other knobs promise nothing.  Nor does a chapter, whose Config inherits from a stage's
-    here = lambda some: {key: value for key, value in asdict(some).items() if key not in free}
-    if here(type(config)()) != here(config) or type(config).__base__ is not object:
-        return f"{what}: not judged, because this is not the default stage"
-    expected = f"expected ({low:g} to {high:g})"
-    return f"{what}: as {expected}" if low <= value <= high else f"{what}: not as {expected}; see {where}"
-
-# ------------------------------------------------------------------------------------------ several processes
 # `torchrun --nproc_per_node 2 autodecoder.py` starts two processes, on a GPU each or on the CPU.  Each takes
 # a share of every batch, and their gradients are averaged, so they train as one does.  The first one speaks
 # and writes for all
@@ -213,14 +204,11 @@ def together(tensor):
         tensor /= rank_of()[1]
     return tensor
 
-@contextmanager
-def first_then_others():
-    """What the first process writes here, the others then read"""
-    if rank_of()[0]:
-        together(torch.zeros(1))                               # waits until all are here
-    yield
-    if not rank_of()[0]:
-        together(torch.zeros(1))
+def first_then_others(make):
+    """What the first process makes, and writes to a file, the others then read"""
+    made = make() if rank_of()[0] == 0 else None
+    together(torch.zeros(1))                                   # waits until all are here
+    return make() if made is None else made
 
 # --------------------------------------------------------------------------------------------------- cameras
 def camera_to_world_at(azimuth, elevation, distance):
@@ -358,14 +346,12 @@ def fill(network, weights, folder):
 
 def fill_optimizer(optimizer, state, folder):
     """Its state from a file.  torch looks at the state's structure, but not at its tensors' shapes"""
-    try:
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         optimizer.load_state_dict(state)
-        wrong = [some for p, kept in optimizer.state.items() for some in kept.values()
-                 if isinstance(some, torch.Tensor) and some.dim() and some.shape != p.shape]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        wrong = [error]
-    if wrong:
-        raise UserError(f"{folder}/last.pt holds the state of another optimizer: start over with --fresh")
+        if all(some.dim() == 0 or some.shape == p.shape for p, kept in optimizer.state.items()
+               for some in kept.values() if isinstance(some, torch.Tensor)):
+            return
+    raise UserError(f"{folder}/last.pt holds the state of another optimizer: start over with --fresh")
 
 # -------------------------------------------------------------------------------------------------- long work
 CLEAR = "\r\033[K"                 # a terminal goes back to the start of its line, and empties it
@@ -383,9 +369,10 @@ class Run:
         self.began, self.first, self.printed = time.time(), {}, 0.0                    # for the progress line
         self.bad, self.skipped, self.doubtful, self.stopping = 0, 0, False, None       # for the guards
         self.first_process, self.lock = rank_of()[0] == 0, open(os.devnull)
-        self.writer, self.trouble = None, None                                         # for saving
+        self.thread, self.saving = ThreadPoolExecutor(1), None
         if self.first_process:
             self._lock(f".{name}.lock")
+            self._settle()
             self._check_recipe()
 
     def _lock(self, name):
@@ -427,11 +414,24 @@ class Run:
                                 f"{str(found[field]) or '(none)'}, not {str(value) or '(none)'}"
                                 f"{late * (field == 'steps')}: use the same value, another folder, or {anew}")
 
+    def _settle(self):
+        """What --fresh put aside is deleted once there is something new in its place.  Until then it comes
+        back, because a run may end before its first checkpoint, as when memory runs out"""
+        aside, paths = self.folder / f".{self.file.name}.before", [*self.stale, self.file]
+        if aside.is_dir() and not os.path.lexists(paths[0]):
+            for k, path in reversed([*enumerate(paths)]):         # the first last: it says that all is back
+                if os.path.lexists(aside / str(k)):
+                    remove(path)
+                    os.replace(aside / str(k), path)
+        remove(aside)
+
     def __enter__(self):
         """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""
-        for path in filter(os.path.lexists, self.stale if self.fresh and self.first_process else ()):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self.first_process:
+            for k, path in enumerate([*self.stale, self.file] if self.fresh else ()):
+                if os.path.lexists(path):
+                    (self.folder / f".{self.file.name}.before").mkdir(exist_ok=True)
+                    os.replace(path, self.folder / f".{self.file.name}.before" / str(k))
             save_text(self.file, json.dumps(self.recipe, indent=1))
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
@@ -445,6 +445,8 @@ class Run:
         try:
             self.written()
         finally:
+            if self.first_process:
+                self._settle()
             self.lock.close()
 
     def _stop(self, number, frame):
@@ -457,36 +459,29 @@ class Run:
         a copy of what training changes"""
         if self.first_process:
             self.written()
-            self.writer = threading.Thread(target=self._write, args=(copy.deepcopy(state),))
-            self.writer.start()
+            self.saving = self.thread.submit(self._write, copy.deepcopy(state))
 
     def _write(self, state):
-        try:
-            # A copy, and not a rename: at any moment there is a last.pt, and it is whole
-            last = self.folder / "last.pt"
-            if last.exists() and not self.doubtful:             # else a damaged one would replace a good one
-                with atomic_file(self.folder / "previous.pt") as temporary:
-                    shutil.copyfile(last, temporary)
-            save_checkpoint(last, state)
-            self.doubtful = False
-        except BaseException as error:
-            self.trouble = error
+        # A copy, and not a rename: at any moment there is a last.pt, and it is whole
+        last = self.folder / "last.pt"
+        if last.exists() and not self.doubtful:                 # else a damaged one would replace a good one
+            with atomic_file(self.folder / "previous.pt") as temporary:
+                shutil.copyfile(last, temporary)
+        save_checkpoint(last, state)
+        self.doubtful = False
 
     def written(self):
         """Waits for the thread that saves, and raises here what went wrong there"""
-        if self.writer:
-            self.writer.join()
-        trouble, self.writer, self.trouble = self.trouble, None, None
-        if trouble:
-            raise trouble
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
 
     def load(self, *parts):
         """The state to go on from, with these parts, or None."""
-        return None if self.fresh else load_newest(self.folder, *parts, say=self._doubt)
-
-    def _doubt(self, trouble):
-        self.doubtful = True
-        self.say(trouble)
+        def doubt(trouble):
+            self.doubtful = True
+            self.say(trouble)
+        return None if self.fresh else load_newest(self.folder, *parts, say=doubt)
 
     def finite(self, step, value):
         """False for a step to leave out, because its loss or gradient is not finite (NaN or infinity)"""
@@ -508,13 +503,12 @@ class Run:
         # The file is closed after each line, so a kill loses one line at most
         if not self.first_process:
             return
-        row = json.dumps({"step": step, **numbers, "seconds": round(time.time() - self.began, 1)})
         try:
-            path = self.folder / "log.jsonl"
-            if path.is_fifo():                                          # a pipe would block for ever
+            if (path := self.folder / "log.jsonl").is_fifo():            # a pipe would block for ever
                 raise OSError(f"{path} is a pipe")
             with open(path, "a") as file:
-                file.write(f"{row}\n")
+                seconds = round(time.time() - self.began, 1)
+                file.write(json.dumps({"step": step, **numbers, "seconds": seconds}) + "\n")
         except OSError as error:
             raise UserError(f"cannot write the log: {error}; what is saved is intact") from None
         if show:
@@ -541,6 +535,10 @@ class Run:
         if self.stopping:
             self.written()
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
+
+def remove(path):
+    """A file, a folder with all in it, a link (but not what it leads to), or nothing"""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 def clock(seconds):
     m, s = divmod(int(seconds + 0.5), 60)                # 3700 -> 1h01m, 65 -> 1m05s, 9 -> 9s

@@ -39,7 +39,6 @@ from matplotlib.figure import Figure
 from autodecoder import BETAS, CLIP, fingerprint, learning_rate_share, load_autodecoder, plot_log
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
-
 @dataclass
 class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
@@ -83,7 +82,6 @@ class RobustNorm(nn.Module):
 
     Latents are bell-shaped with long tails, which would inflate a standard deviation; 0.7413 times the inter-
     quartile range ignores them.  The centre is ours: the mean object, which is most of every latent."""
-
     def __init__(self, shape):
         super().__init__()
         self.register_buffer("centre", torch.zeros(shape))
@@ -112,7 +110,6 @@ def principal(rows, count):
 
 class MLP(nn.Module):
     """The paper's network: noised numbers and an embedding of the noise level in, numbers out."""
-
     def __init__(self, seen, said, config):
         super().__init__()
         width, self.half = config.width, config.embedding // 2
@@ -139,7 +136,6 @@ def level_embedding(level, half):
 class Denoiser(nn.Module):
     """D(x, sigma), and what it must know: how latents are normalised, their principal components and the
     deviation in each, the codes' mean and deviation, two matrices between both, and the noise levels."""
-
     def __init__(self, config, model):
         super().__init__()
         shape = (model.config.latent_channels, *[model.config.latent_resolution] * 3)
@@ -254,10 +250,18 @@ def choose_levels(points, least, generator):
     rise = entropy.diff().clamp(min=0)
     share = rise / rise.sum().clamp(min=1e-9) + 1 / len(rise)                      # of levels between sigmas
     cdf = F.pad((share / share.sum()).cumsum(0), (1, 0))                           # (32,) from 0 to 1
-
     # Invert it: at which sigma is 0, 1/999, 2/999, ... of the cumulative share reached?
     levels = np.exp(np.interp(np.linspace(0, 1, LEVELS), cdf, sigma.log()))
     return torch.from_numpy(levels), sigma, entropy
+
+def plot_levels(denoiser, sigma, entropy, path):
+    """How unsure a perfect denoiser is at each level, and where we therefore train and sample"""
+    count, edges = torch.histogram(denoiser.levels.cpu().log(), 40)
+    axis = Figure(figsize=(7, 3.6), layout="constrained").subplots()
+    axis.plot(sigma, entropy)
+    axis.fill_between(edges.exp()[:-1], count / count.max(), step="post", alpha=0.2)
+    axis.set(xscale="log", xlabel="sigma", ylabel="a perfect denoiser's doubt; shaded: training levels")
+    save_figure(path, axis.figure)
 
 # ---------------------------------------------------------------------------- one noise, and two formulations
 def denoising_loss(denoiser, z, codes, noise, u, *told):
@@ -309,7 +313,6 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     walk, usual = SAMPLERS[sampler or ("heun" if denoiser.config.formulation == "edm" else "ancestral")]
     draws = [seed if callable(seed) else noise_of(seed) for seed in seeds]
     draw = lambda: torch.stack([one(denoiser.deviation.shape) for one in draws]).to(denoiser.levels)
-
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
     sigmas = denoiser.level(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
@@ -367,17 +370,6 @@ def nearest(latents, training, itself=False):
     exact = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
     return (distance.fill_diagonal_(math.inf) if itself else distance).sort(1)   # itself: each to the others
-
-# -------------------------------------------------------------------------------------------------- pictures
-def plot_levels(denoiser, sigma, entropy, path):
-    """How unsure a perfect denoiser is at each level, and where we therefore train and sample"""
-    count, edges = torch.histogram(denoiser.levels.cpu().log(), 40)
-    axis = Figure(figsize=(7, 3.6), layout="constrained").subplots()
-    axis.plot(sigma, entropy, label="a perfect denoiser's doubt which object it sees")
-    axis.fill_between(edges.exp()[:-1], count / count.max(), step="post", alpha=0.2, label="training levels")
-    axis.set(xscale="log", xlabel="sigma", ylabel="doubt; shaded: density")
-    axis.legend(fontsize=7)
-    save_figure(path, axis.figure)
 
 # ------------------------------------------------------------------------------------------------------ main
 def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE):

@@ -43,7 +43,6 @@ EMPTY = 0.02
 ANGLES = ((215, 25), (30, 10), (125, -10), (300, 45))
 SIZE = 64
 
-
 @dataclass
 class Config:
     out: str = "runs/volume_render"     # folder for the pictures
@@ -54,7 +53,6 @@ class Config:
     azimuth: float = 215.0              # the camera's direction around Z, in degrees (from -360 to 360)
     elevation: float = 25.0             # its height above the horizon, in degrees (from -90 to 90)
     device: str = "auto"                # auto, cpu or cuda
-
 
 # ------------------------------------------------------------------------------------------------------- rays
 
@@ -67,7 +65,6 @@ def pixel_rays(camera_to_world, intrinsics, x, y):
     directions = camera_to_world[..., :3, :3] @ torch.stack([x, y, torch.ones_like(x)], -1)[..., None]
     return camera_to_world[..., :3, 3].expand_as(directions[..., 0]), directions[..., 0]
 
-
 def camera_rays(camera_to_world, intrinsics, size):
     """(...,4,4), (...,3,3), pixels a side -> origins and directions (...,H*W,3), row by row"""
     # (0, 0) is the corner of the picture, so pixel centres are at +0.5.  Without the 0.5 all that is learned
@@ -78,7 +75,6 @@ def camera_rays(camera_to_world, intrinsics, size):
     x, y = x.reshape(-1).expand(shape), y.reshape(-1).expand(shape)                     # (...,HW)
     # A dimension of 1 is put where the rays are, so that one camera serves all of its pixels
     return pixel_rays(camera_to_world[..., None, :, :], intrinsics[..., None, :, :], x, y)
-
 
 def cube(origins, directions):
     """Where rays enter and leave [-0.5, 0.5]^3 -> near, far (...,R); far = near for those that miss it."""
@@ -91,7 +87,6 @@ def cube(origins, directions):
     # camera (t < 0) is not seen.  A ray that misses gets bins of length 0, so it needs no case of its own
     near, far = torch.minimum(a, b).amax(-1).clamp(min=0), torch.maximum(a, b).amin(-1)
     return near, torch.maximum(near, far)
-
 
 # ----------------------------------------------------------------------------------------------- the renderer
 
@@ -108,7 +103,6 @@ def composite(sigma, rgb, length, t, background=1.0):
     weight = transmittance * -torch.expm1(-tau)                                         # (...,S)
     return on_background((weight[..., None] * rgb).sum(-2), weight.sum(-1), (weight * t).sum(-1), background)
 
-
 def on_background(rgb, alpha, depth, background):
     """Sums over a ray, (...,3), (...), (...) -> image on the background, alpha, mean depth"""
     # Rounding may bring the opacity to 1 + 1e-6, and the picture would then leave [0, 1].  A ray that meets
@@ -116,7 +110,6 @@ def on_background(rgb, alpha, depth, background):
     alpha = alpha.clamp(max=1)
     depth = (depth / alpha.clamp(min=0.01)).masked_fill(alpha <= 0.01, math.inf)
     return rgb + (1 - alpha)[..., None] * background, alpha, depth
-
 
 def lookup(volume, position):
     """Trilinear interpolation (a weighted mean of the eight voxels around a point): volume (B,C,D,H,W),
@@ -129,13 +122,11 @@ def lookup(volume, position):
     found = F.grid_sample(volume, points, align_corners=False, padding_mode="border")
     return found[..., 0, 0].transpose(1, 2).reshape(B, *shape, volume.shape[1])
 
-
 def voxel_field(channels, position):
     """The plainest field: channels (...,4 or more) -> density (...), colour (...,3)"""
     # Interpolation comes first and activation after it.  The other order blurs every surface over a voxel,
     # but a steep activation of an interpolated channel can put a sharp surface between two voxels
     return F.softplus(channels[..., 0]), torch.sigmoid(channels[..., 1:4])
-
 
 def render(volume, origins, directions, samples, field=voxel_field, place=None, occupied=None):
     """volume (B,C,D,H,W), origins and directions (B,R,3), places in the bins (B,R,S) -> rgb (B,R,3) on white,
@@ -160,13 +151,11 @@ def render(volume, origins, directions, samples, field=voxel_field, place=None, 
     sigma, rgb = field(lookup(volume, position), position)
     return composite(sigma, rgb, length[..., None], t)
 
-
 # ----------------------------------------------------------------------------------------- what a model shows
 
 def cameras(angles):
     """[(azimuth, elevation)], in degrees -> camera_to_world (V,4,4), at the training cameras' distance"""
     return torch.stack([camera_to_world_at(azimuth, elevation, 1.3) for azimuth, elevation in angles]).float()
-
 
 @torch.no_grad()
 def render_volumes(model, volumes, poses, K, size):
@@ -180,11 +169,9 @@ def render_volumes(model, volumes, poses, K, size):
                       occupied=occupancy(volumes, model.field))
     return tuple(some.view(len(volumes), len(poses), size, size, *some.shape[2:]) for some in pictures)
 
-
 def render_view(model, volume, pose, K, size):
     """volume (1,C,D,H,W), one camera -> rgb (H,W,3), alpha (H,W), depth (H,W), on the CPU"""
     return tuple(some[0, 0].cpu() for some in render_volumes(model, volume, pose[None], K, size))
-
 
 @torch.no_grad()
 def render_views(model, latents, poses, size, batch=8):
@@ -198,7 +185,6 @@ def render_views(model, latents, poses, size, batch=8):
         parts.append((*render_volumes(model, volumes, poses, K, size), solid))
     return tuple(torch.cat(pieces).cpu() for pieces in zip(*parts))
 
-
 def depth_picture(depth, alpha):
     """(H,W) each -> (H,W,3): near is light, far is dark; what is mostly transparent is white."""
     # Each picture spreads its own depths over the greys, because on one scale for all they hardly differ
@@ -206,7 +192,6 @@ def depth_picture(depth, alpha):
     near, far = (depth[seen].min(), depth[seen].max()) if seen.any() else (0.0, 1.0)
     grey = torch.where(seen, 0.85 - 0.7 * (depth - near) / (far - near + 1e-6), 1.0)
     return grey[..., None].expand(-1, -1, 3)
-
 
 @torch.no_grad()
 def truth_and_ours(model, codes, photos, objects, view):
@@ -220,13 +205,11 @@ def truth_and_ours(model, codes, photos, objects, view):
         columns.append(torch.stack([photos.rgb[o, view] / 255, rgb, depth_picture(depth, alpha)]))
     return to_bytes(torch.stack(columns, 1))
 
-
 def psnr(picture, truth, mask=None):
     """Peak signal-to-noise ratio in dB, higher is better; over the pixels of a mask, if there is one."""
     error = (picture - truth).square().mean(-1)
     error = error[mask] if mask is not None else error
     return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
-
 
 @torch.no_grad()
 def score_views(model, codes, photos, objects, views):
@@ -247,10 +230,20 @@ def score_views(model, codes, photos, objects, views):
         photos.forget()
     return rows
 
-
 def mean_of(rows, key):
     return torch.tensor([row[key] for row in rows], dtype=torch.float64).nanmean().item()
 
+def table(rows, kinds):
+    """Stage 1's closing table: means by kind of object, ours beside a white picture."""
+    lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   "
+             f"{'opacity beyond 2 px':>19}"]
+    for kind in [*sorted(set(kinds)), "all"]:
+        chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
+        m = {key: mean_of(chosen, key) for key in chosen[0]}
+        count = len({row["object"] for row in chosen})
+        pairs = "   ".join(f"{m[key]:5.2f} / {m[key + '_fg']:5.2f}" for key in ("ours", "white"))
+        lines.append(f"{kind:<16} {count:>3} objects   {pairs}   {m['haze']:>19.4f}")
+    return "\n".join(lines)
 
 @torch.no_grad()
 def draw_pipeline(model, photos, path, o=0):
@@ -279,7 +272,6 @@ def draw_pipeline(model, photos, path, o=0):
         axis.axis("off")
     save_figure(path, figure)
 
-
 # ---------------------------------------------------- empty space costs nothing (skip this at first reading)
 
 def density(volume, field=voxel_field):
@@ -290,11 +282,9 @@ def density(volume, field=voxel_field):
     centres = torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], -1).expand(B, D, H, W, 3)
     return field(volume.permute(0, 2, 3, 4, 1), centres)[0]
 
-
 def voxel_opacity(volume, field=voxel_field):
     """(B,C,D,H,W) -> (B,D,H,W): the share of light that is lost on a straight way through one voxel"""
     return 1 - torch.exp(-density(volume, field) / volume.shape[-1])
-
 
 def bounding_box(solid):
     """(B,N,N,N) bool -> (B,3): its sides along x, y and z, in the world"""
@@ -302,7 +292,6 @@ def bounding_box(solid):
     shadows = torch.stack([solid.amax(dim=axes) for axes in ((1, 2), (1, 3), (2, 3))], 1)   # (B,3,N)
     up = torch.arange(1, N + 1, device=solid.device)
     return ((shadows * up).amax(2) + (shadows * up.flip(0)).amax(2) - N).clamp(min=1) / N
-
 
 @torch.no_grad()
 def occupancy(volume, field=voxel_field):
@@ -313,7 +302,6 @@ def occupancy(volume, field=voxel_field):
     # The padding stands for the missing voxels of the cells at the cube's faces
     return any_of_eight(F.pad(density(volume, field) > EMPTY, (1,) * 6))
 
-
 def any_of_eight(mask):
     """(B,n,n,n) bool -> (B,n-1,n-1,n-1): whether any is True of the eight that meet at each inner corner"""
     # An OR of neighbours along one dimension after the other makes an OR of two, of four, of eight.  On a CPU
@@ -323,14 +311,12 @@ def any_of_eight(mask):
         mask = mask.narrow(dim, 0, n) | mask.narrow(dim, 1, n)
     return mask
 
-
 def blocks_around(occupied):
     """(B,n,n,n) bool -> (B,m,m,m), m = n/2 rounded up: whether any cell is True in a block of 2^3 cells or in
     its neighbours"""
     blocks = any_of_eight(F.pad(occupied, (0, 1 + occupied.shape[-1] % 2) * 3))[:, ::2, ::2, ::2]
     # An OR of 2^3, done twice, is an OR of 3^3: the block and its 26 neighbours
     return any_of_eight(any_of_eight(F.pad(blocks, (1,) * 6)))
-
 
 def render_sparse(volume, origins, directions, bins, samples, place, field, occupied):
     """render(), with the samples in unoccupied cells left out.  `bins` are near, step and length of each ray,
@@ -380,7 +366,6 @@ def render_sparse(volume, origins, directions, bins, samples, place, field, occu
     sums = seen.new_zeros(B * R, 5).index_add(0, ray, seen).view(B, R, 5)
     return on_background(sums[..., :3], sums[..., 3], sums[..., 4], 1.0)
 
-
 def is_in(mask, owner, origin, direction, t):
     """mask (B,n,n,n) bool; owner; rays (3,...) in units of its cells; t (...) -> bool: the mask at t"""
     # The place in the flattened mask, dimension by dimension.  `owner` is int32, so all of it is: half the
@@ -391,7 +376,6 @@ def is_in(mask, owner, origin, direction, t):
         at = torch.addcmul(origin[axis], t, direction[axis])
         index = index * n + at.int().clamp_(0, n - 1)
     return mask.view(-1)[index]
-
 
 def lookup_sparse(volume, position, owner):
     """position (P,3), each in the volume of object `owner` (P,), ascending -> (P,C)."""
@@ -404,7 +388,6 @@ def lookup_sparse(volume, position, owner):
     found = lookup(volume, padded)                                                          # (B,most,C)
     # Each channel lies in one piece in memory, because the field reads channel after channel
     return torch.cat([one[:n].T for one, n in zip(found, counts)], 1).T
-
 
 # ------------------------------------------------------------------------------------------ an example volume
 
@@ -430,7 +413,6 @@ def headphones(resolution, sharpness):
     nearest, which = parts.min(0)
     rgb = torch.logit(colours)[which].permute(3, 0, 1, 2)
     return torch.cat([-sharpness * nearest[None], rgb])[None]
-
 
 def main(argv=None):
     config = parse_config(Config, argv=argv)

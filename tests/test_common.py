@@ -388,3 +388,50 @@ def test_a_finished_run_cannot_be_lengthened_and_says_why(tmp_path):
         pass
     with pytest.raises(UserError, match="cannot be made longer"):
         common.Run(tmp_path, "stage", config(9), ("steps",))
+
+
+def test_fresh_throws_away_only_when_there_is_something_new(tmp_path):
+    """Memory may run out in the first step, after the old run was to be deleted"""
+    @dataclass
+    class Config:
+        lr: float = 1.0
+        fresh: bool = False
+    def run(lr, fresh):
+        return common.Run(tmp_path, "stage", Config(lr, fresh), ("lr",))
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with run(1.0, False) as old:
+        old.log(1, 2, loss=1)
+        old.save({"step": 1})
+        (tmp_path / "previews").mkdir()
+        (tmp_path / "previews/step_1.png").write_bytes(b"")
+    before = files()
+
+    # It fails before it has saved, or is killed there and started again: the old run is back, whole
+    with pytest.raises(MemoryError), run(2.0, True) as new:
+        new.log(1, 2, loss=5)
+        raise MemoryError
+    assert files() == before
+    process = subprocess.run([sys.executable, "-c", f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_common import common, dataclass
+@dataclass
+class Config:
+    lr: float = 2.0
+    fresh: bool = True
+with common.Run({str(tmp_path)!r}, "stage", Config(), ("lr",)) as run:
+    run.log(1, 2, loss=5)
+    os._exit(9)
+"""], cwd=ROOT)
+    assert process.returncode == 9 and not (tmp_path / "last.pt").exists()
+    run(1.0, False).lock.close()
+    assert files() == before
+
+    # Once it has saved, the old one is gone for good
+    with pytest.raises(MemoryError), run(2.0, True) as new:
+        new.save({"step": 7})
+        new.written()
+        raise MemoryError
+    assert run(2.0, False).load()["step"] == 7
+    assert sorted(files()) == [".config.json.lock", "config.json", "last.pt"]
