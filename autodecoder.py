@@ -142,10 +142,13 @@ class Autodecoder(nn.Module):
 
     def code(self, s, a, stretch):
         """Shapes of objects s and colours of objects a (B,), log stretches (B,3) -> codes (B,W)"""
+        return torch.cat([self.rows(self.shapes, s), self.rows(self.colours, a),
+                          stretch / self.config.stretch], 1)
+
+    def rows(self, table, which):
         # A sparse gradient has rows only for the codes that were looked up, so a step costs the same with ten
         # objects and with a million
-        row = lambda table, which: F.embedding(which.to(table.device), table, sparse=True)
-        return torch.cat([row(self.shapes, s), row(self.colours, a), stretch / self.config.stretch], 1)
+        return F.embedding(which.to(table.device), table, sparse=True)
 
     @property
     def codes(self):
@@ -212,8 +215,9 @@ def fingerprint(model):
     return digest([model.state_dict(), knobs])
 
 # -------------------------------------------------------------------------------------- a batch, and its loss
-def draw_batch(photos, config, views, generator, objects=None):
-    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R)"""
+def draw_batch(photos, config, views, generator, objects=None, pose=None):
+    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Poses (N,V)
+    are the photos', or those that are given"""
     # A few objects, each decoded once and seen by rays from many of its photos: decoding costs the most
     if objects is None:
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
@@ -228,7 +232,8 @@ def draw_batch(photos, config, views, generator, objects=None):
     anywhere = (torch.arange(R) >= int(config.foreground * R)) | ~exists
     pixel = torch.where(anywhere, (u * n * n).long(), near)
     y, x = pixel // n, pixel % n
-    origins, directions = pixel_rays(photos.pose[o, view], photos.intrinsics[o], x + 0.5, y + 0.5)
+    pose = (photos.pose if pose is None else pose)[o, view]
+    origins, directions = pixel_rays(pose, photos.intrinsics[o], x + 0.5, y + 0.5)
     rgb, mask = photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
     photos.forget()
     return objects, origins, directions, rgb, mask
@@ -272,15 +277,16 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
     return whose, stretch, (origins * D, directions * D, rgb, opacity)
 
-def reconstruction_loss(model, volume, batch, config, place, skip_empty, has_masks):
-    """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed)"""
+def reconstruction_loss(model, volume, batch, config, place, skip_empty, has_masks, more=None):
+    """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed).
+    more: a function of rendered and true colours that a chapter adds"""
     origins, directions, target, opacity = batch
     occupied = occupancy(volume, model.field) if skip_empty else None
     rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, place, occupied)
     # paper: L1 and perceptual losses; here the squared error, which is PSNR's own
     photo = (rgb - target).square().mean()
     mask = (alpha - opacity).square().mean()
-    loss = photo + config.mask_weight * mask if has_masks else photo
+    loss = photo + (config.mask_weight * mask if has_masks else 0) + (more(rgb, target) if more else 0)
     return loss, photo, alpha.mean()
 
 def jitter(batch, samples, generator, device):
@@ -320,8 +326,9 @@ def learning_rate_share(step, steps, floor):
     cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / steps)
     return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
-def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
-    """A chapter may train a decoder of its own by this loop, with a Config that adds knobs to this one."""
+def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=draw_batch, more=None):
+    """A chapter may train a decoder of its own by this loop, with a Config that adds knobs to this one, draw its
+    rays otherwise, and add a loss."""
     config = parse_config(Config, presets, argv)
     device = pick_device(config.device)
 
@@ -374,7 +381,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
 
             # Batch.  All that is random follows from (seed, step): resuming needs the step's number alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            objects, *batch = draw_batch(photos, config, train_views, generator)
+            objects, *batch = draw(photos, config, train_views, generator)
             left = 1 - step / config.steps                     # at the end all photos are real ones
             whose, stretch, batch = photos_nobody_took(objects, batch, palettes, extents, config, left,
                                                        generator)
@@ -385,7 +392,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder):
             code.register_hook(together)
             volume, batch = model.volumes_of(code[mine]), [part[mine].to(device) for part in batch]
             loss, photo, alpha = reconstruction_loss(model, volume, batch, config, place[mine],
-                                                     step >= config.dense_steps, photos.has_masks)
+                                                     step >= config.dense_steps, photos.has_masks, more)
             loss = loss + config.code_decay * code[:, :-3].square().mean()
 
             # Step.  One that is not finite is left out
