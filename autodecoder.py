@@ -91,8 +91,7 @@ PRESETS = {
                   batch_objects=2, samples=12, dense_steps=20, preview_every=20, save_every=20, log_every=5),
     # The paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small latent
     "notebook": dict(latent_resolution=4, channels=(32, 16, 16), mask_weight=0.0, foreground=0.0,
-                     batch_objects=1, batch_views=1, code_decay=0.0, recolour=0.0, stretched=0.0),
-}
+                     batch_objects=1, batch_views=1, code_decay=0.0, recolour=0.0, stretched=0.0)}
 FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   # may change on resume
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -120,7 +119,7 @@ class Autodecoder(nn.Module):
         self.shapes = nn.Parameter(0.1 * torch.randn(objects, config.shape_width))
         self.colours = nn.Parameter(0.1 * torch.randn(objects, config.colour_width))
 
-        # G1: the code is spread over 4^3 voxels, enlarged to the latent's resolution, and narrowed to its few
+        # G1: the code is spread over 4^3 voxels, enlarged to the latent's resolution, and narrowed to a few
         # channels.  Stage 2 will diffuse these: the fewer, the easier
         self.spread = nn.Linear(config.shape_width + config.colour_width + 3, first * 4 ** 3)
         self.g1 = nn.Sequential(Block(first), nn.Conv3d(first, config.latent_channels, 1))
@@ -146,8 +145,7 @@ class Autodecoder(nn.Module):
                           stretch / self.config.stretch], 1)
 
     def rows(self, table, which):
-        # A sparse gradient has rows only for the codes that were looked up, so a step costs the same with ten
-        # objects and with a million
+        # Sparse gradients have rows for these objects alone: ten objects cost the same as a million
         return F.embedding(which.to(table.device), table, sparse=True)
 
     @property
@@ -166,7 +164,7 @@ class Autodecoder(nn.Module):
         x = self.enter(packed(latent))
         for k, level in enumerate(self.levels):
             x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
-        return unfold_children(self.leave(x), 4).float()
+        return unfold_children(self.leave(x), self.leave[-1].out_channels // 8).float()
 
     def field(self, channels, position):
         """What was looked up (...,4) -> density (...), colour (...,3).  The softplus never dies, as a ReLU
@@ -179,8 +177,7 @@ class Autodecoder(nn.Module):
             return self.to_volume(self.to_latent(codes))
 
 def packed(x):
-    """Channels last in memory: halves the time of 3D convolutions on a CPU."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last_3d)    # 3D convolutions take half the time on a CPU
 
 def resize(x, size):
     return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * 3, mode="trilinear")
@@ -216,13 +213,11 @@ def fingerprint(model):
 
 # -------------------------------------------------------------------------------------- a batch, and its loss
 def draw_batch(photos, config, views, generator, objects=None, pose=None):
-    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R).  Poses (N,V)
-    are the photos', or those that are given"""
+    """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R)"""
     # A few objects, each decoded once and seen by rays from many of its photos: decoding costs the most
     if objects is None:
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
-    B, n, o = len(objects), photos.size, objects[:, None]
-    R = config.rays // B
+    B, n, o, R = len(objects), photos.size, objects[:, None], config.rays // len(objects)
     seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]   # (B,V)
     view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]    # (B,R)
 
@@ -232,8 +227,8 @@ def draw_batch(photos, config, views, generator, objects=None, pose=None):
     anywhere = (torch.arange(R) >= int(config.foreground * R)) | ~exists
     pixel = torch.where(anywhere, (u * n * n).long(), near)
     y, x = pixel // n, pixel % n
-    pose = (photos.pose if pose is None else pose)[o, view]
-    origins, directions = pixel_rays(pose, photos.intrinsics[o], x + 0.5, y + 0.5)
+    pose = photos.pose if pose is None else pose        # (in chapters/cameras.py other ones are believed)
+    origins, directions = pixel_rays(pose[o, view], photos.intrinsics[o], x + 0.5, y + 0.5)
     rgb, mask = photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
     photos.forget()
     return objects, origins, directions, rgb, mask
@@ -278,8 +273,7 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     return whose, stretch, (origins * D, directions * D, rgb, opacity)
 
 def reconstruction_loss(model, volume, batch, config, place, skip_empty, has_masks, more=None):
-    """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed).
-    more: a function of rendered and true colours that a chapter adds"""
+    """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed)"""
     origins, directions, target, opacity = batch
     occupied = occupancy(volume, model.field) if skip_empty else None
     rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, place, occupied)
@@ -327,8 +321,7 @@ def learning_rate_share(step, steps, floor):
     return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
 def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=draw_batch, more=None):
-    """A chapter may train a decoder of its own by this loop, with a Config that adds knobs to this one, draw its
-    rays otherwise, and add a loss."""
+    """A chapter may train by this loop: its own decoder, with more knobs, rays drawn otherwise, more loss"""
     config = parse_config(Config, presets, argv)
     device = pick_device(config.device)
 
@@ -351,9 +344,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     run = Run(config.out, Decoder.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
     torch.manual_seed(config.seed)
     model = Decoder(config, len(photos.names)).to(device)
-    codes = [model.shapes, model.colours]
     decoder = [p for name, p in model.named_parameters() if name not in ("shapes", "colours")]
-    optimizers = torch.optim.Adam(decoder, betas=BETAS), torch.optim.SparseAdam(codes, betas=BETAS)
+    optimizers = (torch.optim.Adam(decoder, betas=BETAS),
+                  torch.optim.SparseAdam([model.shapes, model.colours], betas=BETAS))
     state, step = run.load("names", "model", "optimizer", "code_optimizer", "step"), 0
     if state:
         if state["names"] != photos.names:
@@ -425,10 +418,11 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
                           "code_optimizer": optimizers[1].state_dict()})
             run.stop_if_asked(step)
 
-    # The numbers: all held-out views of all objects; of thousands, 256 are enough
     if not run.first_process:
         return
-    chosen = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 256)).long().tolist()
+    # The numbers: all held-out views of all objects; of thousands, 256 are enough, drawn without a pattern
+    generator = torch.Generator().manual_seed(0)
+    chosen = sorted(torch.randperm(len(photos.names), generator=generator)[:256].tolist())
     rows = score_views(model, model.codes[chosen], photos, chosen, test_views)
     text = table(rows, kinds_of(config.data, photos.names))
     full = mean_of(rows, "ours")
@@ -437,8 +431,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     plot_log(run.folder, "PSNR (dB)", training_psnr="training rays", heldout="held-out views",
              heldout_foreground="held-out views, foreground")
     draw_pipeline(model, photos, run.folder / "figure1.png")
-    print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png, previews/.  "
-          "Next: python diffusion.py")
+    print(f"wrote {run.folder}: last.pt, table.txt, curve.png, figure1.png.  Next: python diffusion.py")
 
 # ----------------------------------------------------------------------------------------------- new objects
 def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):

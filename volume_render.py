@@ -237,7 +237,7 @@ def table(rows, kinds):
     """Stage 1's closing table: means by kind of object, ours beside a white picture."""
     lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   "
              f"{'opacity beyond 2 px':>19}"]
-    for kind in [*sorted(set(kinds)), "all"]:
+    for kind in [*sorted({kinds[row["object"]] for row in rows}), "all"]:
         chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
         m = {key: mean_of(chosen, key) for key in chosen[0]}
         count = len({row["object"] for row in chosen})

@@ -111,15 +111,17 @@ def resume(run, model, networks, optimizers):
     return state["step"]
 
 
-def improve(run, step, loss, optimizer):
-    """One step of the optimizer, if the loss and its gradient are finite -> whether they were"""
+def improve(run, step, loss, optimizer, *others):
+    """One step of the optimizer, and of others whose gradients are not clipped, if the loss and its gradient
+    are finite -> whether they were"""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
+    for one in (optimizer, *others):
+        one.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(weights, CLIP)
     well = run.finite(step, loss.item() + norm.item())
-    if well:
-        optimizer.step()
+    for one in (optimizer, *others) if well else ():
+        one.step()
     return well
 
 

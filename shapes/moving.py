@@ -9,9 +9,9 @@ Things that move: headphones that fold, filmed by one camera that goes round the
 A frame is one photo: each shows the object from another side and in another pose.  So no two photos show the
 same thing, as in a video of somebody who plays with their headphones.
 
-out  data/moving/<object>/     the SRN layout, a frame for each view; factors.json has the joints of each frame
-                               (fold right, fold left, swing, in degrees; slide, in world units) and parts.npz:
-                               each frame's transforms (F,4,4,4), and which part each pixel shows (F,H,W; 0: none)
+out  data/moving/films/<object>/   the SRN layout, a frame for each view.  factors.json: the joints of each frame
+                                   (fold right, fold left, swing, in degrees; slide, in world units).  parts.npz:
+                                   the parts' transforms (F,4,4,4); which part a pixel shows (F,H,W; 0: none)
 run  python -m shapes.moving
 read joints_of, transforms_of, main.
 """

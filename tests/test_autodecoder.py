@@ -193,8 +193,7 @@ def test_resume_is_bit_exact(data, trained, tmp_path):
             "    calls.append(1)\n"
             "    if len(calls) == 7: import os; os._exit(9)\n"
             "    return real(*a)\n"
-            "stage.draw_batch = draw\n"
-            "stage.main(sys.argv[1:])\n")
+            "stage.main(sys.argv[1:], draw=draw)\n")
     arguments = [*SMOKE, "--data", str(data / "earphones_train"), "--holdout_views", "2",
                  "--out", str(tmp_path / "run")]
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

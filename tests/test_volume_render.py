@@ -200,3 +200,10 @@ def test_cpu_and_gpu_agree():
             results.append(v.render(moved, origins.to(device), directions.to(device), 64, occupied=occupied))
         for a, b in zip(*results):
             assert (a - b.cpu()).nan_to_num(0, 0, 0).abs().max() < 1e-4
+
+
+def test_the_closing_table_passes_over_kinds_that_no_chosen_object_is_of():
+    rows = [{"object": o, **{key: 1.0 + o for key in ("ours", "ours_fg", "white", "white_fg", "haze")}}
+            for o in (0, 2)]
+    lines = v.table(rows, ["buds", "on-ear", "buds"]).splitlines()
+    assert [line.split()[0] for line in lines] == ["PSNR,", "buds", "all"] and "2 objects    2.00" in lines[1]

@@ -1,0 +1,102 @@
+"""
+Cameras as three angles, and how far two sets of them are apart.  For chapters/cameras.py.
+
+A camera looks at the object's middle from a known distance.  Its angles are azimuth, elevation, and the turn
+in the picture.
+
+read pose_of, measure.
+"""
+import math
+
+import torch
+from matplotlib.figure import Figure
+
+from common import camera_to_world_at, save_figure
+
+DISTANCE = 1.3                           # of all cameras
+
+
+def pose_of(angles):
+    """Radians (...,3): azimuth, elevation, turn in the picture -> camera to world (...,4,4)"""
+    flat = angles.reshape(-1, 3)
+    c, s, zero = flat[:, 2].cos(), flat[:, 2].sin(), torch.zeros_like(flat[:, 2])
+    pose = camera_to_world_at(flat[:, 0].rad2deg(), flat[:, 1].rad2deg(), zero + DISTANCE)
+    turn = torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], 1).view(-1, 3, 3)
+    pose = torch.cat([torch.cat([pose[:, :3, :3] @ turn, pose[:, :3, 3:]], 2), pose[:, 3:]], 1)
+    return pose.view(*angles.shape[:-1], 4, 4)
+
+
+def angles_of(pose):
+    """The other way round, for cameras that look at the middle: rotations (...,3,3) -> (...,3)"""
+    azimuth, elevation = torch.atan2(-pose[..., 1, 2], -pose[..., 0, 2]), -pose[..., 2, 2].clamp(-1, 1).asin()
+    level = torch.stack([-azimuth.sin(), azimuth.cos(), torch.zeros_like(azimuth)], -1)
+    down = torch.linalg.cross(pose[..., 2], level)
+    turn = torch.atan2((pose[..., 0] * down).sum(-1), (pose[..., 0] * level).sum(-1))
+    return torch.stack([azimuth, elevation, turn], -1)
+
+
+def noisy(pose, degrees, generator):
+    """Rotations (...,3,3), turned around random axes; the angle's root mean square is `degrees`"""
+    vector = torch.randn(*pose.shape[:-1], generator=generator) * math.radians(degrees) / math.sqrt(3)
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    return torch.linalg.matrix_exp(skew) @ pose
+
+
+def all_sides(max_elevation):
+    """-> angles (264,3), spread over the sphere between the elevations"""
+    height = torch.linspace(-1, 1, 11) * math.sin(math.radians(max_elevation)) * 0.97
+    azimuth = torch.arange(24) * math.tau / 24
+    return torch.stack([azimuth.repeat(11), height.asin().repeat_interleave(24), torch.zeros(264)], 1)
+
+
+def degrees_off(found, true):
+    """Rotations (...,3,3) -> degrees between them"""
+    return ((found * true).sum((-1, -2)) / 2 - 0.5).clamp(-1, 1).acos().rad2deg()
+
+
+def best_frame(angles, true):
+    """Turns all cameras together around the vertical until most are near the true ones -> the angles, turned"""
+    every = torch.arange(360.0).deg2rad()
+    turned = torch.stack([angles + torch.tensor([some, 0, 0]) for some in every.tolist()])     # (360,N,V,3)
+    near = (15 - degrees_off(pose_of(turned)[..., :3, :3], true)).clamp(min=0).mean((1, 2))
+    return turned[near.argmax()]
+
+
+def measure(angles, true, which):
+    """Found angles (N,V,3), true rotations (N,V,3,3), each object's coarse shape (N,) -> lines, and the angles
+    in the one frame that is best for all"""
+    lines, half, flip = [], torch.tensor([math.pi, 0, 0]), torch.tensor([-1.0, 1, 1])
+    frames = {"one frame for all": which * 0, "a frame for each coarse shape": which,
+              "a frame for each object": torch.arange(len(which))}
+    for name, frame in frames.items():
+        turned = torch.empty_like(angles)
+        for k in frame.unique():
+            turned[frame == k] = best_frame(angles[frame == k], true[frame == k])
+        # From behind: half a turn.  In a mirror: the camera that sees the mirrored object, mirrored
+        off = degrees_off(pose_of(turned)[..., :3, :3], true)
+        behind = degrees_off(pose_of(turned + half)[..., :3, :3], true)
+        mirrored = degrees_off(flip[:, None] * pose_of(turned)[..., :3, :3] * flip, true)
+        right, turned_round = off < 15, (off >= 15) & (behind < 15)
+        reflected = (off >= 15) & (behind >= 15) & (mirrored < 15)
+        shares = [f"{some.float().mean():.0%}" for some in (right, turned_round, reflected)]
+        lines.append(f"{name}: off by {off.median():.1f} degrees (median); within 15 degrees {shares[0]}; from "
+                     f"behind {shares[1]} more, in a mirror {shares[2]} more")
+        first = turned if len(lines) == 1 else first
+    return lines, first
+
+
+def draw(found, true, chosen, names, path):
+    """True and found cameras of some objects, as a map of the sphere around each"""
+    figure = Figure(figsize=(10, 2.2 * len(chosen)), layout="constrained")
+    for o, axis in zip(chosen, figure.subplots(len(chosen), 1, squeeze=False)[:, 0]):
+        t, f = (some[o].rad2deg() for some in (true, found))
+        near = t[:, 0] + (f[:, 0] - t[:, 0] + 180) % 360 - 180                       # the short way round
+        for x0, y0, x1, y1 in zip(t[:, 0], t[:, 1], near, f[:, 1]):
+            axis.plot([x0, x1], [y0, y1], "-", color="0.7", lw=0.8)
+        axis.plot(t[:, 0], t[:, 1], "o", mfc="none", mec="k", ms=6, label="true")
+        axis.plot(near, f[:, 1], ".", color="C1", label="found")
+        axis.set(xlabel="azimuth, degrees", ylabel="elevation", title=names[o], ylim=(-90, 90))
+    axis.legend(fontsize=7)
+    save_figure(path, figure)
