@@ -7,12 +7,12 @@ A camera is three angles: azimuth, elevation, and the turn in the picture; they 
 Its distance and lens are known, and it looks at the object's middle.
 
 If the angles are roughly known (--start noisy), gradient descent repairs them.  If nothing is known, descent
-from a guess nearly always ends in a bad minimum.  So a search comes first, by silhouettes alone.  A few coarse
-shapes are seen from 264 sides.  Each silhouette is like some of these views, with probabilities.  Each shape is
-moved until its views are the means of the silhouettes that are like them, and so on ("expectation
-maximisation").  Nobody says which object is of which shape: that has probabilities too.  The temperature falls,
-from "all views are alike" to "the nearest view".  Then the objects are trained, and now and then each photo is
-compared with its own object, in colours, from all 264 sides, and takes the best one.
+from a guess nearly always ends in a bad minimum.  So a search comes first, by silhouettes alone.  A few
+coarse shapes are seen from 264 sides.  Each silhouette is like some of these views, with probabilities.  Each
+shape is moved until its views are the means of the silhouettes that are like them, and so on ("expectation
+maximisation").  Nobody says which object is of which shape: that has probabilities too.  The temperature
+falls, from "all views are alike" to "the nearest view".  Then the objects are trained, and now and then each
+photo is compared with its own object, in colours, from all 264 sides, and takes the best one.
 
 What photos cannot tell counts apart: the frame in which all cameras are right together, and front against
 back of an object that looks the same from both.
@@ -72,7 +72,7 @@ def small(some):
 
 
 def bootstrap(masks, sides, config, generator, say):
-    """Silhouettes (N,V,P) -> angles (N,V,3), which coarse shape each object is like (N,), mean squared error"""
+    """Silhouettes (N,V,P) -> angles (N,V,3), which coarse shape each object is like (N,), squared error"""
     K, G, (N, V, P) = config.clusters, 20, masks.shape
     rays = [some.flatten(0, 1).expand(K, -1, -1)
             for some in camera_rays(pose_of(sides), intrinsics_at(SIDE).float(), SIDE)]
@@ -110,7 +110,7 @@ def bootstrap(masks, sides, config, generator, say):
 
     # Each shape has a frame of its own.  All are turned until their views are most like the first one's
     around = views.detach().view(K, -1, 24, P)
-    apart = torch.stack([(around.roll(k, 2) - around[:1]).square().sum((1, 2, 3)) for k in range(24)])  # (24,K)
+    apart = torch.stack([(around.roll(k, 2) - around[:1]).square().sum((1, 2, 3)) for k in range(24)])
     angles = sides[best.indices]
     angles[..., 0] += apart.argmin(0)[which][:, None] * math.tau / 24
     return angles, which, best.values.mean().item()
@@ -244,7 +244,7 @@ def main(argv=None):
                 moved = degrees_off(pose_of(found)[..., :3, :3], pose_of(cameras.angles)[..., :3, :3]) > 30
                 with torch.no_grad():
                     cameras.table.copy_(torch.where(moved[..., None], found, cameras.angles).flatten(1))
-                run.say(f"step {step}: {moved.float().mean():.0%} of the photos are better seen from elsewhere")
+                run.say(f"step {step}: {moved.float().mean():.0%} of the photos move to another side")
             if step % config.preview_every == 0 or step == config.steps:
                 run.say(f"step {step}: " + measure(cameras.angles, true[:, :V], cameras.which)[0][0])
                 some = torch.linspace(0, N - 1, min(N, 8)).long()

@@ -57,7 +57,7 @@ def degrees_off(found, true):
 
 
 def best_frame(angles, true):
-    """Turns all cameras together around the vertical until most are near the true ones -> the angles, turned"""
+    """Turns all cameras together, around the vertical, until most are near the true ones -> the new angles"""
     every = torch.arange(360.0).deg2rad()
     turned = torch.stack([angles + torch.tensor([some, 0, 0]) for some in every.tolist()])     # (360,N,V,3)
     near = (15 - degrees_off(pose_of(turned)[..., :3, :3], true)).clamp(min=0).mean((1, 2))
@@ -65,8 +65,8 @@ def best_frame(angles, true):
 
 
 def measure(angles, true, which):
-    """Found angles (N,V,3), true rotations (N,V,3,3), each object's coarse shape (N,) -> lines, and the angles
-    in the one frame that is best for all"""
+    """Found angles (N,V,3), true rotations (N,V,3,3), each object's coarse shape (N,) -> lines, and the
+    angles in the one frame that is best for all"""
     lines, half, flip = [], torch.tensor([math.pi, 0, 0]), torch.tensor([-1.0, 1, 1])
     frames = {"one frame for all": which * 0, "a frame for each coarse shape": which,
               "a frame for each object": torch.arange(len(which))}
@@ -81,8 +81,8 @@ def measure(angles, true, which):
         right, turned_round = off < 15, (off >= 15) & (behind < 15)
         reflected = (off >= 15) & (behind >= 15) & (mirrored < 15)
         shares = [f"{some.float().mean():.0%}" for some in (right, turned_round, reflected)]
-        lines.append(f"{name}: off by {off.median():.1f} degrees (median); within 15 degrees {shares[0]}; from "
-                     f"behind {shares[1]} more, in a mirror {shares[2]} more")
+        lines.append(f"{name}: off by {off.median():.1f} degrees (median); within 15 degrees {shares[0]}; "
+                     f"from behind {shares[1]} more, in a mirror {shares[2]} more")
         first = turned if len(lines) == 1 else first
     return lines, first
 

@@ -9,9 +9,10 @@ Things that move: headphones that fold, filmed by one camera that goes round the
 A frame is one photo: each shows the object from another side and in another pose.  So no two photos show the
 same thing, as in a video of somebody who plays with their headphones.
 
-out  data/moving/films/<object>/   the SRN layout, a frame for each view.  factors.json: the joints of each frame
-                                   (fold right, fold left, swing, in degrees; slide, in world units).  parts.npz:
-                                   the parts' transforms (F,4,4,4); which part a pixel shows (F,H,W; 0: none)
+out  data/moving/films/<object>/   the SRN layout, a frame for each view.  factors.json: each frame's joints
+                                   (fold right, fold left, swing, in degrees; slide, in world units).
+                                   parts.npz: the parts' transforms (F,4,4,4), and which part a pixel shows
+                                   (F,H,W; 0: none)
 run  python -m shapes.moving
 read joints_of, transforms_of, main.
 """
@@ -60,7 +61,7 @@ def build(factors):
     """-> the surfaces, each one's part, the pivot of the right cup and of the boom, in the file's space"""
     f, parts = factors, earphones.headphones(factors)
     # headphones() gives the yoke and the cup first (mirrored copies), then the band, then the boom
-    cups = 2 + 3                                                      # an arm and its hub; shell, cushion, cloth
+    cups = 2 + 3                                                 # an arm and its hub; shell, cushion, cloth
     foot = parts[0].points.mean(1)[0] - [0, .12, 0]                   # where the arm leaves the band
     hinge, ear = np.array([foot[0], foot[1], 0]), parts[-2].points.mean(1)[0]
     groups = [1] * cups + [0] * (len(parts) - cups - 2) + [3] * 2
@@ -157,7 +158,7 @@ def main(argv=None):
     with run:
         for index, name in enumerate(names):
             folder = Path(config.out, "films", name)
-            if not folder.is_dir():                       # what is there is whole, so the same command goes on
+            if not folder.is_dir():                      # what is there is whole: the same command goes on
                 with atomic_folder(folder) as temporary:
                     film(index, config, temporary)
             run.progress("films", index + 1, len(names))
