@@ -23,7 +23,7 @@ demo: .venv/ready
 	@echo; echo "samples/beside.png: your model's earphones above, those of the model in the box below"
 
 test: .venv/ready
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n 2 --dist loadfile tests
 
 bench: .venv/ready
 	$(RUN) tests/bench.py --render

@@ -26,6 +26,7 @@ read pose_of, bootstrap, search, main; measure.
 """
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -102,7 +103,7 @@ def bootstrap(masks, sides, config, generator, say):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        say("rounds", step + 1, config.rounds, f"error {loss.item():.5f}")
+        say(step + 1, config.rounds, f"error {loss.item():.5f}")
     with torch.no_grad():
         views, error = compare()
     which = error.min(-1).values.sum(1).argmin(1)                                              # (N,)
@@ -206,8 +207,8 @@ def main(argv=None):
             which = torch.zeros(N, dtype=torch.long)
             if config.start == "unknown":
                 masks = small(photos.mask[:, :V])
-                found = [bootstrap(masks, sides, config, generator, run.progress)
-                         for _ in range(config.starts)]
+                found = [bootstrap(masks, sides, config, generator, partial(run.progress, f"start {k + 1}"))
+                         for k in range(config.starts)]
                 run.say("errors of the beginnings: " + ", ".join(f"{some[2]:.5f}" for some in found))
                 angles, which, _ = min(found, key=lambda some: some[2])
             else:

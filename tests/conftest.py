@@ -1,11 +1,15 @@
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:                  # several at a time (pytest -n 2): a core for each
+    os.environ["OMP_NUM_THREADS"] = "1"                  # and for the processes that it starts
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 SMOKE = ["--preset", "smoke", "--steps", "12", "--preview_every", "12", "--save_every", "4",
          "--dense_steps", "4", "--rays", "64", "--device", "cpu"]
 
