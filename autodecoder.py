@@ -21,17 +21,17 @@ run  python autodecoder.py                                       72 objects: 30.
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
 read Config, Autodecoder, draw_batch, recolouring, photos_nobody_took, reconstruction_loss, main; fit_codes.
 """
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, digest, fill, fill_optimizer, first_then_others, judge,
+                    load_stage, my_share, parse_config, pick_device, save_figure, save_preview, save_text,
+                    saved_config, together)
+
 import json
 import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-
-# First, because it makes Ctrl-C one line, also while torch loads
-from common import (Run, UserError, command, digest, fill, fill_optimizer, first_then_others, judge,
-                    load_stage, my_share, parse_config, pick_device, save_figure, save_preview, save_text,
-                    saved_config, together)
 
 import torch
 import torch.nn as nn

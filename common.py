@@ -14,6 +14,11 @@ Conventions (everything in this project obeys them; data from elsewhere is conve
 
 read parse_config, camera_to_world_at, Run; the rest when you need it.
 """
+import sys
+STOPPED = "stopped; what was written before is kept"
+sys.excepthook = lambda kind, error, trace: (print(STOPPED, file=sys.stderr) if kind is KeyboardInterrupt
+                                             else sys.__excepthook__(kind, error, trace))
+# That came first: Ctrl-C is one line also in the second or two that these take to load
 import argparse
 import copy
 import hashlib
@@ -25,7 +30,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +37,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
-STOPPED = "stopped; what was written before is kept"
-sys.excepthook = lambda kind, error, trace: (print(STOPPED, file=sys.stderr) if kind is KeyboardInterrupt
-                                             else sys.__excepthook__(kind, error, trace))
-
-import numpy as np      # after the line above, so that Ctrl-C is one line also in the second that torch loads
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image

@@ -21,14 +21,14 @@ run  python diffusion.py                        no copies, none of the samples i
      python diffusion.py --mix 0 --out runs/copies    nothing recombined: nearer to the 72 (row D16)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, fill, fill_optimizer, judge, load_stage, my_share, parse_config,
+                    pick_device, save_figure, save_preview, saved_config, to_bytes, together)
+
 import copy
 import itertools
 import math
 from dataclasses import asdict, dataclass, fields
-
-# First, because it makes Ctrl-C one line, also while torch loads
-from common import (Run, UserError, command, fill, fill_optimizer, judge, load_stage, my_share, parse_config,
-                    pick_device, save_figure, save_preview, saved_config, to_bytes, together)
 
 import numpy as np
 import torch

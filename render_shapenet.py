@@ -17,6 +17,10 @@ run  python render_shapenet.py               two CPU cores: 39 s, 144 models and
 read Config, look_at, opencv_from_pytorch3d, photograph.  Then render_object, render_all and main show how a
      run over thousands of models survives broken ones, kill -9 and a full disk.
 """
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
+                    save_picture)
+
 import json
 import math
 import multiprocessing
@@ -31,10 +35,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-# First, because it makes Ctrl-C one line, also while torch loads
-from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
-                    save_picture)
 
 import numpy as np
 import torch

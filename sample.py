@@ -31,6 +31,10 @@ run  python sample.py                                 half a minute on two cores
      python sample.py --colours_of train_00005 --stretch 1 1 1.2 --out samples/taller
 read Config, novelty, exchanged, main; then load_models, contact_sheet.
 """
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device,
+                    save_picture, save_preview, save_text, to_bytes)
+
 import difflib
 import json
 import re
@@ -38,10 +42,6 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-# First, because it makes Ctrl-C one line, also while torch loads
-from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device,
-                    save_picture, save_preview, save_text, to_bytes)
 
 import numpy as np
 import torch

@@ -23,13 +23,13 @@ run  python volume_render.py        headphones made of solids -> runs/volume_ren
 read camera_rays, cube, composite, lookup, render; then render_views.  At first reading, skip occupancy and
      render_sparse, which make empty space cheap.
 """
-import math
-import time
-from dataclasses import dataclass
-
 # First, because it makes Ctrl-C one line, also while torch loads
 from common import (camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_figure,
                     save_picture, to_bytes)
+
+import math
+import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn

@@ -31,15 +31,15 @@ out  runs/evaluate/      tables.md, tables.json, figure.png
 run  python -m lab.evaluate
 read judge, rivals, main; and metrics.py, fresh.py.
 """
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import Run, UserError, command, parse_config, pick_device, plain, save_figure, save_text, to_bytes
+
 import functools
 import html
 import math
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-# First, because it makes Ctrl-C one line, also while torch loads
-from common import Run, UserError, command, parse_config, pick_device, plain, save_figure, save_text, to_bytes
 
 import torch
 import torch.nn.functional as F

@@ -10,14 +10,14 @@ run  python -m viewer.export                          eight samples and all of t
      python -m viewer.export --reconstruct train_00001 --out export/train_00001
 read Config, turntable, main; then isosurface.py, page.py.
 """
+# First, because it makes Ctrl-C one line, also while torch loads
+from common import (Run, UserError, atomic_file, command, grid, parse_config, pick_device, plain,
+                    save_picture, to_bytes)
+
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-# First, because it makes Ctrl-C one line, also while torch loads
-from common import (Run, UserError, atomic_file, command, grid, parse_config, pick_device, plain,
-                    save_picture, to_bytes)
 
 import torch
 from PIL import Image
