@@ -209,7 +209,7 @@ def main(argv=None):
         with torch.no_grad():
             strip(model, photos, torch.stack([one(0, k) for k in range(frames)]), run.folder)
     save_text(run.folder / "parts.txt", "\n".join(lines) + "\n")
-    print(*lines, f"wrote {config.out}: last.pt, parts.txt, strip.png, viewer.html (row M1)", sep="\n")
+    print(*lines, f"wrote {config.out}: last.pt, parts.txt, strip.png, viewer.html (row J1)", sep="\n")
 
 
 if __name__ == "__main__":
