@@ -383,3 +383,26 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
         sweep.main([*flags, "--steps2", "5"])
     with pytest.raises(UserError, match="which sweep.*objects, latent"):
         sweep.main(["mixx"])
+
+
+def test_a_blind_sheet_hides_what_it_shows_and_scores_answers(trained, data, tmp_path, capsys):
+    from lab import blind
+    out = tmp_path / "blind"
+    train_arguments = ["--preset", "smoke", "--autodecoder", str(trained), "--out", str(tmp_path / "diffusion")]
+    diffusion.main([*train_arguments, "--steps", "4"])
+    with pytest.raises(UserError, match="first draw the sheet"):
+        blind.main(["--out", str(out), "--samples", "1"])
+    blind.main(["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--fits", "4",
+                "--data", str(data / "earphones_test"), "--out", str(out), "--cache", str(tmp_path / "cache")])
+    lines = [line.split() for line in (out / "answers.txt").read_text().splitlines()]
+    true = [int(number) for number, kind, *_ in lines if kind == "sample"]
+    assert len(lines) == 2 * len(true) == 4 and (out / "blind.png").exists()     # of two test objects
+    capsys.readouterr()
+    blind.main(["--out", str(out), "--samples", *map(str, true)])
+    said = capsys.readouterr().out
+    assert "4 of 4 right (100%; 50 % is guessing, and as good by chance: 0.062); of 2 taken" in said
+    wrong = [number for number in range(1, 5) if number not in true]
+    blind.main(["--out", str(out), "--samples", *map(str, wrong)])
+    assert "0 of 4 right (0%; 50 % is guessing, and as good by chance: 1)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--samples 9: the sheet's numbers are 1 to 4"):
+        blind.main(["--out", str(out), "--samples", "9"])
