@@ -22,7 +22,7 @@ out  runs/cameras/               last.pt, log.jsonl, previews/, cameras.txt, cam
 run  python -m chapters.cameras
      python -m chapters.cameras --start noisy --noise 20 --out runs/cameras_20
      python -m chapters.cameras --start true --out runs/cameras_true
-read pose_of, bootstrap, search, main; measure.
+read search, main; and pose_of, bootstrap, measure in poses.py.
 """
 import math
 from dataclasses import dataclass, fields
@@ -36,10 +36,11 @@ import autodecoder
 from autodecoder import (BETAS, FREE, Autodecoder, draw_batch, jitter, learning_rate_share,
                          reconstruction_loss)
 from chapters.families import improve, record, resume
-from chapters.poses import all_sides, angles_of, degrees_off, draw, measure, noisy, pose_of
+from chapters.poses import (SIDE, all_sides, angles_of, bootstrap, degrees_off, draw, measure, noisy, pose_of,
+                            small)
 from common import Run, command, intrinsics_at, parse_config, pick_device, save_preview, save_text, to_bytes
 from shapes.packed import read_photos
-from volume_render import camera_rays, psnr, render, render_volumes
+from volume_render import psnr, render_volumes
 
 
 @dataclass
@@ -60,61 +61,6 @@ class Config(autodecoder.Config):
 
 PRESETS = {"cpu": {}, "gpu": autodecoder.PRESETS["gpu"],
            "smoke": dict(autodecoder.PRESETS["smoke"], clusters=2, rounds=2, starts=1, search_at=(10,))}
-SIDE = 16                                # pixels of the pictures that are searched by
-
-
-def small(some):
-    """(...,n,n) or (...,n,n,3), bytes -> floats, SIDE pixels a side, flat: (...,P) or (...,P,3)"""
-    colours = some.shape[-1] == 3
-    x = (some if colours else some[..., None]).float() / 255
-    x = F.adaptive_avg_pool2d(x.flatten(0, -4).permute(0, 3, 1, 2), SIDE).flatten(2).mT
-    x = x.unflatten(0, some.shape[:-3 if colours else -2])
-    return x if colours else x[..., 0]
-
-
-def bootstrap(masks, sides, config, generator, say):
-    """Silhouettes (N,V,P) -> angles (N,V,3), which coarse shape each object is like (N,), squared error"""
-    K, G, (N, V, P) = config.clusters, 20, masks.shape
-    rays = [some.flatten(0, 1).expand(K, -1, -1)
-            for some in camera_rays(pose_of(sides), intrinsics_at(SIDE).float(), SIDE)]
-    field = lambda channels, position: (F.softplus(channels[..., 0]), channels.expand(*position.shape) * 0)
-
-    # Random balls of fog, because equal ones would stay equal
-    z = torch.linspace(-1, 1, G)
-    radius = (z[:, None, None] ** 2 + z[:, None] ** 2 + z ** 2).sqrt()
-    ball = 1 - 8 * (radius - 0.5).clamp(min=0) + torch.randn(K, 1, G, G, G, generator=generator)
-    shapes = nn.Parameter(ball)
-    optimizer = torch.optim.Adam([shapes], 0.2)
-
-    def compare():
-        views = render(shapes, *rays, 24, field, None)[1].view(K, -1, P)                       # (K,H,P)
-        both = torch.einsum("nvp,khp->nvkh", masks, views.detach())
-        squares = masks.square().sum(-1)[..., None, None] + views.detach().square().sum(-1)
-        return views, (squares - 2 * both) / P
-    for step in range(config.rounds):
-        temperature = 0.03 * (0.002 / 0.03) ** min(step / (0.8 * config.rounds), 1)
-        views, error = compare()
-        # How likely is each view, of each shape; and, from all of an object's photos together, each shape?
-        of_shape = torch.logsumexp(-error / temperature, -1).sum(1) / (0.2 * V)                # (N,K)
-        likely = of_shape.softmax(-1)[:, None, :, None] * (-error / temperature).softmax(-1)   # (N,V,K,H)
-        weight = likely.sum((0, 1))
-        means = torch.einsum("nvkh,nvp->khp", likely, masks) / weight.clamp(min=1e-6)[..., None]
-        loss = (weight[..., None] * (views - means).square()).sum() / masks.numel()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        say(step + 1, config.rounds, f"error {loss.item():.5f}")
-    with torch.no_grad():
-        views, error = compare()
-    which = error.min(-1).values.sum(1).argmin(1)                                              # (N,)
-    best = error[torch.arange(N), :, which].min(-1)                                            # (N,V)
-
-    # Each shape has a frame of its own.  All are turned until their views are most like the first one's
-    around = views.detach().view(K, -1, 24, P)
-    apart = torch.stack([(around.roll(k, 2) - around[:1]).square().sum((1, 2, 3)) for k in range(24)])
-    angles = sides[best.indices]
-    angles[..., 0] += apart.argmin(0)[which][:, None] * math.tau / 24
-    return angles, which, best.values.mean().item()
 
 
 @torch.no_grad()

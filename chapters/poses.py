@@ -1,19 +1,24 @@
 """
-Cameras as three angles, and how far two sets of them are apart.  For chapters/cameras.py.
+Cameras as three angles, where they stood by silhouettes alone, and how far two sets of them are apart.  For
+chapters/cameras.py.
 
 A camera looks at the object's middle from a known distance.  Its angles are azimuth, elevation, and the turn
 in the picture.
 
-read pose_of, measure.
+read pose_of, bootstrap, measure.
 """
 import math
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from common import camera_to_world_at, save_figure
+from common import camera_to_world_at, intrinsics_at, save_figure
+from volume_render import camera_rays, render
 
 DISTANCE = 1.3                           # of all cameras
+SIDE = 16                                # pixels of the pictures that are searched by
 
 
 def pose_of(angles):
@@ -51,6 +56,60 @@ def all_sides(max_elevation):
     return torch.stack([azimuth.repeat(11), height.asin().repeat_interleave(24), torch.zeros(264)], 1)
 
 
+def small(some):
+    """(...,n,n) or (...,n,n,3), bytes -> floats, SIDE pixels a side, flat: (...,P) or (...,P,3)"""
+    colours = some.shape[-1] == 3
+    x = (some if colours else some[..., None]).float() / 255
+    x = F.adaptive_avg_pool2d(x.flatten(0, -4).permute(0, 3, 1, 2), SIDE).flatten(2).mT
+    x = x.unflatten(0, some.shape[:-3 if colours else -2])
+    return x if colours else x[..., 0]
+
+
+def bootstrap(masks, sides, config, generator, say):
+    """Silhouettes (N,V,P) -> angles (N,V,3), which coarse shape each object is like (N,), squared error"""
+    K, G, (N, V, P) = config.clusters, 20, masks.shape
+    rays = [some.flatten(0, 1).expand(K, -1, -1)
+            for some in camera_rays(pose_of(sides), intrinsics_at(SIDE).float(), SIDE)]
+    field = lambda channels, position: (F.softplus(channels[..., 0]), channels.expand(*position.shape) * 0)
+
+    # Random balls of fog, because equal ones would stay equal
+    z = torch.linspace(-1, 1, G)
+    radius = (z[:, None, None] ** 2 + z[:, None] ** 2 + z ** 2).sqrt()
+    ball = 1 - 8 * (radius - 0.5).clamp(min=0) + torch.randn(K, 1, G, G, G, generator=generator)
+    shapes = nn.Parameter(ball)
+    optimizer = torch.optim.Adam([shapes], 0.2)
+
+    def compare():
+        views = render(shapes, *rays, 24, field, None)[1].view(K, -1, P)                       # (K,H,P)
+        both = torch.einsum("nvp,khp->nvkh", masks, views.detach())
+        squares = masks.square().sum(-1)[..., None, None] + views.detach().square().sum(-1)
+        return views, (squares - 2 * both) / P
+    for step in range(config.rounds):
+        temperature = 0.03 * (0.002 / 0.03) ** min(step / (0.8 * config.rounds), 1)
+        views, error = compare()
+        # How likely is each view, of each shape; and, from all of an object's photos together, each shape?
+        of_shape = torch.logsumexp(-error / temperature, -1).sum(1) / (0.2 * V)                # (N,K)
+        likely = of_shape.softmax(-1)[:, None, :, None] * (-error / temperature).softmax(-1)   # (N,V,K,H)
+        weight = likely.sum((0, 1))
+        means = torch.einsum("nvkh,nvp->khp", likely, masks) / weight.clamp(min=1e-6)[..., None]
+        loss = (weight[..., None] * (views - means).square()).sum() / masks.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        say(step + 1, config.rounds, f"error {loss.item():.5f}")
+    with torch.no_grad():
+        views, error = compare()
+    which = error.min(-1).values.sum(1).argmin(1)                                              # (N,)
+    best = error[torch.arange(N), :, which].min(-1)                                            # (N,V)
+
+    # Each shape has a frame of its own.  All are turned until their views are most like the first one's
+    around = views.detach().view(K, -1, 24, P)
+    apart = torch.stack([(around.roll(k, 2) - around[:1]).square().sum((1, 2, 3)) for k in range(24)])
+    angles = sides[best.indices]
+    angles[..., 0] += apart.argmin(0)[which][:, None] * math.tau / 24
+    return angles, which, best.values.mean().item()
+
+
 def degrees_off(found, true):
     """Rotations (...,3,3) -> degrees between them"""
     return ((found * true).sum((-1, -2)) / 2 - 0.5).clamp(-1, 1).acos().rad2deg()
@@ -67,7 +126,8 @@ def best_frame(angles, true):
 def measure(angles, true, which):
     """Found angles (N,V,3), true rotations (N,V,3,3), each object's coarse shape (N,) -> lines, and the
     angles in the one frame that is best for all"""
-    lines, half, flip = [], torch.tensor([math.pi, 0, 0]), torch.tensor([-1.0, 1, 1])
+    lines, first = [], None
+    half, flip = torch.tensor([math.pi, 0, 0]), torch.tensor([-1.0, 1, 1])
     frames = {"one frame for all": which * 0, "a frame for each coarse shape": which,
               "a frame for each object": torch.arange(len(which))}
     for name, frame in frames.items():
@@ -83,7 +143,7 @@ def measure(angles, true, which):
         shares = [f"{some.float().mean():.0%}" for some in (right, turned_round, reflected)]
         lines.append(f"{name}: off by {off.median():.1f} degrees (median); within 15 degrees {shares[0]}; "
                      f"from behind {shares[1]} more, in a mirror {shares[2]} more")
-        first = turned if len(lines) == 1 else first
+        first = turned if first is None else first
     return lines, first
 
 

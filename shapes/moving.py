@@ -59,7 +59,7 @@ def factors_of(index, seed):
 
 def build(factors):
     """-> the surfaces, each one's part, the pivot of the right cup and of the boom, in the file's space"""
-    f, parts = factors, earphones.headphones(factors)
+    parts = earphones.headphones(factors)
     # headphones() gives the yoke and the cup first (mirrored copies), then the band, then the boom
     cups = 2 + 3                                                 # an arm and its hub; shell, cushion, cloth
     foot = parts[0].points.mean(1)[0] - [0, .12, 0]                   # where the arm leaves the band
@@ -68,8 +68,9 @@ def build(factors):
     return parts, groups, hinge, ear
 
 
-def labels_of(mesh, parts, groups, to_file):
-    """Which part each vertex belongs to (N,): that of the surface whose points are nearest"""
+def labels_of(mesh, parts, groups):
+    """Which part each vertex belongs to (N,): that of the surface whose points are nearest; and a function
+    that brings a point to where the file has it"""
     every, label = [], []
     for part, group in zip(parts, groups):
         for side in (1, -1)[:part.copies]:
@@ -119,14 +120,14 @@ def film(index, config, folder):
     parts, groups, hinge, ear = build(factors)
     with tempfile.TemporaryDirectory() as model:
         earphones.write_files(model, parts, factors)
-        mesh, transform = load_obj(Path(model, "models/model_normalized.obj")), None
-    label, place = labels_of(mesh, parts, groups, None)
+        mesh = load_obj(Path(model, "models/model_normalized.obj"))
+    label, place = labels_of(mesh, parts, groups)
     mesh, transform = to_world(mesh)
     rng = np.random.default_rng((config.seed, 78, index))
     joints = joints_of(rng, config)
-    to_file = np.diag([*[1 / np.linalg.norm(transform[:3, 0])] * 3, 1])
-    moved = np.stack([transforms_of([*some[:3], some[3] * to_file[0, 0]], place(hinge), place(ear),
-                                    transform.numpy()) for some in joints])                       # (F,4,4,4)
+    larger = np.array([1, 1, 1, 1 / np.linalg.norm(transform[:3, 0])])       # the slide, in the file's units
+    moved = np.stack([transforms_of(some * larger, place(hinge), place(ear), transform.numpy())
+                      for some in joints])                                                        # (F,4,4,4)
     flat = replace(mesh, material=label[mesh.faces[:, 0]], texels=torch.tensor(COLOURS).byte(),
                    start=torch.arange(4), shape=torch.ones(4, 2).long(), textured=torch.zeros(4).bool())
 

@@ -388,12 +388,13 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
 def test_a_blind_sheet_hides_what_it_shows_and_scores_answers(trained, data, tmp_path, capsys):
     from lab import blind
     out = tmp_path / "blind"
-    train_arguments = ["--preset", "smoke", "--autodecoder", str(trained), "--out", str(tmp_path / "diffusion")]
-    diffusion.main([*train_arguments, "--steps", "4"])
+    diffusion.main(["--preset", "smoke", "--autodecoder", str(trained), "--steps", "4",
+                    "--out", str(tmp_path / "diffusion")])
     with pytest.raises(UserError, match="first draw the sheet"):
         blind.main(["--out", str(out), "--samples", "1"])
     blind.main(["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--fits", "4",
-                "--data", str(data / "earphones_test"), "--out", str(out), "--cache", str(tmp_path / "cache")])
+                "--data", str(data / "earphones_test"), "--out", str(out),
+                "--cache", str(tmp_path / "cache")])
     lines = [line.split() for line in (out / "answers.txt").read_text().splitlines()]
     true = [int(number) for number, kind, *_ in lines if kind == "sample"]
     assert len(lines) == 2 * len(true) == 4 and (out / "blind.png").exists()     # of two test objects

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import autodecoder
 import common
 from chapters import cameras, hash_codes, linkage, parts, perceptual, poses
 from common import UserError
@@ -164,12 +163,12 @@ def test_silhouettes_alone_tell_where_the_cameras_were():
     volume[0, 0, 4:10, 5:15, 9:12] = volume[0, 0, 8:17, 5:8, 9:12] = volume[0, 0, 4:8, 5:8, 10:18] = 20
     field = lambda channels, position: (F.softplus(channels[..., 0]), channels.expand(*position.shape) * 0)
     pick = torch.randint(len(sides), (40,), generator=torch.Generator().manual_seed(0))
-    rays = camera_rays(poses.pose_of(sides[pick]), common.intrinsics_at(cameras.SIDE).float(), cameras.SIDE)
+    rays = camera_rays(poses.pose_of(sides[pick]), common.intrinsics_at(poses.SIDE).float(), poses.SIDE)
     masks = render(volume, *(some.flatten(0, 1)[None] for some in rays), 24, field)[1].view(1, 40, -1)
     config = cameras.Config(clusters=1, rounds=40)
     errors = []
     for seed in range(2):
-        found, which, error = cameras.bootstrap(masks, sides, config, torch.Generator().manual_seed(seed),
+        found, which, error = poses.bootstrap(masks, sides, config, torch.Generator().manual_seed(seed),
                                                 lambda *_: None)
         errors.append((error, found))
     found = min(errors, key=lambda some: some[0])[1]
