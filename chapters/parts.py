@@ -50,9 +50,9 @@ class Config(autodecoder.Config):
     steps: int = 1500                    # gradient steps (at least 1)
     rays: int = 3072                     # rays in a step, shared by its objects (at least 64)
     samples: int = 32                    # bins along a ray (at least 2)
+    mask_weight: float = 1.0             # of the opacity: white fog costs nothing before a white background
     pose_lr: float = 1e-2                # of rotations (radians) and shifts
     steady: float = 0.1                  # weight of the poses' second differences from frame to frame
-    refine_steps: int = 60               # of the held-out frames' poses, at the end
     rest: float = 1e-4                   # weight of the poses' squares: a part's mean pose is its own space's
 
 
@@ -89,25 +89,6 @@ def motion_of(model, config, truth, poses, o, frame):
 def steadiness(poses):
     """Poses (B,F,P-1,6) -> mean square of their second differences, and of themselves"""
     return poses.diff(n=2, dim=1).square().mean(), poses.square().mean()
-
-
-def refined(model, photos, config, poses, held):
-    """The held-out frames' poses, which so far lie between their neighbours', go downhill; all else stays"""
-    way = torch.zeros_like(poses, requires_grad=True)
-    optimizer = torch.optim.Adam([way], 0.01)
-    for step in range(config.refine_steps):
-        generator = torch.Generator().manual_seed(step)
-        o, frame, batch = draw(photos, config, held, generator)
-        device = poses.device
-        there = motion_of(model, config, None, (poses + way)[o], o, frame.to(device))
-        origins, directions, rgb, mask = [some.to(device) for some in batch]
-        volume = model.volumes_of(model.codes[o])
-        seen, alpha, _ = render_parts(model, volume, origins, directions, there, config.samples)
-        loss = (seen - rgb).square().mean() + config.mask_weight * (alpha - mask).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return (poses + way).detach()
 
 
 def strip(model, photos, transforms, out):
@@ -184,24 +165,17 @@ def main(argv=None):
             record(run, None, {"model": model}, [optimizer], step, config.steps,
                    {"loss": loss, "training_psnr": -10 * photo.log10(), "alpha": alpha.mean()})
 
-    # Held-out frames: as the neighbours say, and with poses that look at the frame
+    # Held-out frames.  No photo has told their poses, so the steadiness has put them between their neighbours'
     model.requires_grad_(False)
-    lines = []
-    tables = {"between its neighbours' poses": model.poses.clone()}
-    if config.motion == "learned":
-        tables["pose found"] = refined(model, photos, config, model.poses, held)
-    for name, table in tables.items():
-        model.poses.copy_(table)
-        quality, maps = [], []
-        for o in range(N):
-            volume = model.volumes_of(model.codes[[o]])
-            for k in held.tolist():
-                rgb, alpha, found = whole_frame(model, volume, photos, o, k, one(o, k))
-                quality.append(psnr(rgb, photos.rgb[o, k].float() / 255))
-                there = torch.from_numpy(parts[o]["seen"][k]).float()[None, None]
-                maps.append((found, alpha, F.interpolate(there, photos.size)[0, 0].long()))
-        name = f", {name}" if config.motion == "learned" else ""
-        lines.append(f"motion {config.motion}; held-out frames{name}: {sum(quality) / len(quality):.2f} dB")
+    quality, maps = [], []
+    for o in range(N):
+        volume = model.volumes_of(model.codes[[o]])
+        for k in held.tolist():
+            rgb, alpha, found = whole_frame(model, volume, photos, o, k, one(o, k))
+            quality.append(psnr(rgb, photos.rgb[o, k].float() / 255))
+            there = torch.from_numpy(parts[o]["seen"][k]).float()[None, None]
+            maps.append((found, alpha, F.interpolate(there, photos.size)[0, 0].long()))
+    lines = [f"motion {config.motion}; held-out frames: {sum(quality) / len(quality):.2f} dB"]
     if config.motion != "none":
         found = share_of_parts(*map(torch.stack, zip(*maps)))
         lines.append("parts, intersection over union: "

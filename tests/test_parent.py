@@ -256,7 +256,7 @@ def test_a_mover_learns_and_poses_a_new_object(motion, tmp_path_factory, capsys)
     films = tmp_path_factory.getbasetemp() / "films_of_two"
     moving.main(["--objects", "2", "--frames", "10", "--size", "32", "--out", str(films)])
     out = tmp_path_factory.mktemp("mover")
-    parts.main(["--preset", "smoke", "--data", str(films / "films"), "--steps", "4", "--refine_steps", "2",
+    parts.main(["--preset", "smoke", "--data", str(films / "films"), "--steps", "4",
                 "--motion", motion, "--out", str(out)])
     printed = capsys.readouterr().out
     assert f"motion {motion}; held-out frames" in printed

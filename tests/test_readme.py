@@ -42,6 +42,12 @@ SMALL = {                                      # what makes each small; of a fla
     "chapters.image_gan": "--preset smoke --device cpu ",
     "chapters.render_diffusion": "--preset smoke --holdout_views 2 --device cpu ",
     "chapters.distill": "--preset smoke --device cpu ",
+    "chapters.hash_codes": "--preset smoke --holdout_views 2 --steps 4 --device cpu ",
+    "chapters.perceptual": "--preset smoke --holdout_views 2 --steps 4 --device cpu ",
+    "chapters.cameras": "--preset smoke --holdout_views 2 --steps 4 --device cpu ",
+    "shapes.moving": "--objects 2 --frames 10 --size 32 ",
+    "chapters.parts": "--preset smoke --steps 4 --device cpu ",
+    "lab.blind": "--preset smoke --fits 9 --device cpu ",
     "lab.fid": "--preset smoke --device cpu ",
     "chapters.families": "--device cpu ",
     "chapters.unet": STAGE + "--preview_every 4 --save_every 4 --levels 8 8 --count 2 "}
