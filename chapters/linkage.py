@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from autodecoder import GAIN, Autodecoder
 from shapes import moving
-from volume_render import camera_rays, composite, cube, lookup
+from volume_render import camera_rays, composite, cube, lookup, occupancy
 
 PARTS = len(moving.NAMES)
 # Where they about are, in the world: band, right cup, left cup, boom
@@ -66,8 +66,11 @@ def at_points(model, volume, position, transforms):
     """-> density (B,R,S), colours (B,R,S,3), weights of the parts (B,R,S,P): of a frame, at these points"""
     density, colour, shares = 0, 0, []
     for p in range(transforms.shape[2]):
-        found = lookup(volume, carried(transforms[:, :, p], position))
+        there = carried(transforms[:, :, p], position)
+        found = lookup(volume, there)
         sigma, rgb = model.field(found, None)
+        # Outside its own space a part is nowhere
+        sigma = sigma * (there.detach().abs() < 0.5).all(-1)
         share = found[..., 4:].softmax(-1)[..., p] * sigma if transforms.shape[2] > 1 else sigma
         density, colour = density + share, colour + share[..., None] * rgb
         shares.append(share)
@@ -75,17 +78,45 @@ def at_points(model, volume, position, transforms):
     return density, colour / some, torch.stack(shares, -1) / some
 
 
-def render_parts(model, volume, origins, directions, transforms, samples, place=None):
-    """As volume_render's `render`, the dense way; transforms (B,R,P,3,4) -> rgb (B,R,3), alpha (B,R), and how
-    much of what is seen belongs to each part (B,R,P)"""
+@torch.no_grad()
+def not_empty(model, volume, position, transforms):
+    """Points (B,R,S,3) -> the numbers, from 0 to R S, of those where some part may be (B,M), and which of
+    these are more than padding (B,M)"""
+    full, N, some = occupancy(volume, model.field).flatten(1), volume.shape[-1], False
+    for p in range(transforms.shape[2]):
+        there = carried(transforms[:, :, p], position)
+        x, y, z = ((there + 0.5) * N + 0.5).long().clamp(0, N).unbind(-1)
+        dense = full.gather(1, ((z * (N + 1) + y) * (N + 1) + x).flatten(1))
+        some = some | dense & (there.abs() < 0.5).all(-1).flatten(1)                             # (B,RS)
+    count = some.sum(1)
+    real = torch.arange(max(count.max().item(), 1), device=count.device) < count[:, None]        # (B,M)
+    numbers = torch.zeros(real.shape, dtype=torch.long, device=count.device)
+    numbers[real] = some.nonzero()[:, 1]
+    return numbers, real
+
+
+def render_parts(model, volume, origins, directions, transforms, samples, place=None, dense=False):
+    """As volume_render's `render`; transforms (B,R,P,3,4) -> rgb (B,R,3), alpha (B,R), and how much of what
+    is seen belongs to each part (B,R,P).  If not dense, only points where something may be are looked up"""
     near, far = cube(origins, directions)
     step = (far - near) / samples
     bins = torch.arange(samples, device=near.device) + (0.5 if place is None else place)
     t = near[..., None] + bins * step[..., None]
     position = origins[..., None, :] + t[..., None] * directions[..., None, :]
-    density, colour, shares = at_points(model, volume, position, transforms)
-    white = F.pad(torch.ones(3, device=near.device), (0, shares.shape[-1]))
-    seen, alpha, _ = composite(density, torch.cat([colour, shares], -1),
+    if dense:
+        found = at_points(model, volume, position, transforms)
+        found = torch.cat([found[0][..., None], *found[1:]], -1)                                 # (B,R,S,4+P)
+    else:
+        numbers, real = not_empty(model, volume, position, transforms)
+        b, each = torch.arange(len(numbers), device=near.device)[:, None], numbers // samples
+        points = position.flatten(1, 2)[b, numbers][:, :, None]                                  # (B,M,1,3)
+        some = at_points(model, volume, points, transforms[b, each])
+        some = torch.cat([some[0][..., None], *some[1:]], -1)[:, :, 0] * real[..., None]
+        found = some.new_zeros(*position.shape[:1], position.shape[1] * samples, some.shape[-1])
+        found = found.scatter_add(1, numbers[..., None].expand_as(some), some)
+        found = found.view(*position.shape[:3], -1)
+    white = F.pad(torch.ones(3, device=near.device), (0, found.shape[-1] - 4))
+    seen, alpha, _ = composite(found[..., 0], found[..., 1:],
                                (step * directions.norm(dim=-1))[..., None], t, white)
     return seen[..., :3], alpha, seen[..., 3:]
 

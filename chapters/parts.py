@@ -48,7 +48,7 @@ class Config(autodecoder.Config):
     places: bool = True                  # the weights begin where the parts about are; no: anywhere
     every: int = 5                       # each fifth frame is held out (at least 2)
     steps: int = 1500                    # gradient steps (at least 1)
-    rays: int = 3072                     # rays in a step, shared by its objects (at least 64)
+    rays: int = 8192                     # rays in a step, shared by its objects (at least 64)
     samples: int = 32                    # bins along a ray (at least 2)
     mask_weight: float = 1.0             # of the opacity: white fog costs nothing before a white background
     pose_lr: float = 1e-2                # of rotations (radians) and shifts
@@ -150,7 +150,8 @@ def main(argv=None):
             code = model.code(o, o, torch.zeros(len(o), 3, device=device))
             there = motion_of(model, config, truth, model.poses[o], o, frame.to(device))
             volume = model.volumes_of(code)
-            seen, alpha, _ = render_parts(model, volume, origins, directions, there, config.samples, place)
+            seen, alpha, _ = render_parts(model, volume, origins, directions, there, config.samples, place,
+                                          step < config.dense_steps)
             photo, jump, far = (seen - rgb).square().mean(), *steadiness(model.poses[o])
             loss = photo + config.mask_weight * (alpha - mask).square().mean()
             loss = loss + config.steady * jump + config.rest * far + config.code_decay * code.square().mean()
@@ -165,7 +166,7 @@ def main(argv=None):
             record(run, None, {"model": model}, [optimizer], step, config.steps,
                    {"loss": loss, "training_psnr": -10 * photo.log10(), "alpha": alpha.mean()})
 
-    # Held-out frames.  No photo has told their poses, so the steadiness has put them between their neighbours'
+    # Held-out frames.  No photo has told their poses: steadiness has put them between their neighbours'
     model.requires_grad_(False)
     quality, maps = [], []
     for o in range(N):

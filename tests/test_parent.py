@@ -203,13 +203,31 @@ def test_a_still_frame_looks_as_the_renderer_says():
     volume = torch.randn(1, 8, 8, 8, 8, generator=generator)
     rays = camera_rays(poses.pose_of(torch.tensor([[0.4, 0.3, 0.0]])), common.intrinsics_at(8).float(), 8)
     still = torch.eye(3, 4).expand(1, 64, 4, 3, 4)
-    rgb, alpha, shares = linkage.render_parts(model, volume, *rays, still, 24)
+    rgb, alpha, shares = linkage.render_parts(model, volume, *rays, still, 24, None, True)
     wanted, opacity, _ = render(volume, *rays, 24, model.field)
     assert torch.allclose(rgb, wanted, atol=1e-4) and torch.allclose(alpha, opacity, atol=1e-5)
     assert torch.allclose(shares.sum(-1), alpha, atol=1e-3)
     shown = linkage.posed(model, volume, still[0, 0], 8)
     density = lambda some: model.field(some.movedim(0, -1), None)[0]
     assert torch.allclose(density(shown), density(volume[0]), atol=1e-2)
+
+
+def test_skipping_what_is_empty_changes_neither_the_picture_nor_the_gradient():
+    model, generator = small_mover(), torch.Generator().manual_seed(0)
+    volume = 2 * torch.randn(2, 8, 8, 8, 8, generator=generator) - 1
+    volume[:, 0] -= 2                                                            # much is empty
+    rays = [some.expand(2, -1, -1) for some in camera_rays(poses.pose_of(torch.tensor([[0.4, 0.3, 0.0]])),
+                                                           common.intrinsics_at(8).float(), 8)]
+    moved = model.transforms(0.3 * torch.randn(2, 64, 3, 6, generator=generator)).detach().requires_grad_()
+    found = []
+    for dense in (True, False):
+        some = linkage.render_parts(model, volume, *rays, moved, 24, None, dense)
+        pictures = torch.cat([one.flatten() for one in some])
+        found.append((pictures, torch.autograd.grad(pictures.square().sum(), moved)[0]))
+    (a, da), (b, db) = found
+    assert (a - b).abs().max() < 0.04 and F.cosine_similarity(da.flatten(), db.flatten(), 0) > 0.99
+    numbers, real = linkage.not_empty(model, volume, rays[0][:, :, None] + rays[1][:, :, None], moved)
+    assert real.float().mean() <= 1 and numbers.max() < 64
 
 
 def test_parts_are_matched_before_they_are_compared():
