@@ -19,7 +19,7 @@ back of an object that looks the same from both.
 
 in   data/earphones_train/       as stage 1; its poses are used to measure, and by --start noisy | true
 out  runs/cameras/               last.pt, log.jsonl, previews/, cameras.txt, cameras.png
-run  python -m chapters.cameras
+run  python -m chapters.cameras                 nothing known: 27.67 dB; 71 % right, 29 % from behind (row C1)
      python -m chapters.cameras --start noisy --noise 20 --out runs/cameras_20
      python -m chapters.cameras --start true --out runs/cameras_true
 read search, main; and pose_of, bootstrap, measure in poses.py.
@@ -48,7 +48,7 @@ class Config(autodecoder.Config):
     out: str = "runs/cameras"            # folder for the model, the log and the pictures
     start: str = "unknown"               # unknown | noisy | true: what is known of the cameras at first
     noise: float = 20.0                  # degrees, rms of the rotation, of noisy cameras (from 0 to 90)
-    steps: int = 3000                    # gradient steps (at least 1)
+    steps: int = 2000                    # gradient steps (at least 1)
     recolour: float = 0.0                # objects are shown as they are (from 0 to 1)
     stretched: float = 0.0               # and not stretched, which would need cameras first (from 0 to 1)
     camera_lr: float = 1e-2              # the angles' learning rate, in radians

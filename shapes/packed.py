@@ -59,14 +59,14 @@ class Photos:
                 state = load_checkpoint(cache, "measured")
                 if state["key"] == key:
                     return state["measured"]["colours"], state["measured"]["sides"]
-        colours, sides = [], []
-        for o in range(len(self.names)):
-            colours.append(palette(self.rgb[o, views], self.mask[o, views]))
-            sides.append(extent(self.mask[o, views], self.pose[o, views], self.intrinsics[o]))
+        table, N = [], len(self.names)
+        for o in range(N):
+            side = extent(self.mask[o, views], self.pose[o, views], self.intrinsics[o])
+            keep(table, o, N, (*palette(self.rgb[o, views], self.mask[o, views]), side))
             self.forget()
             if o % 512 == 511:
                 print(f"colours and boxes of {o + 1} of {len(self.names)} objects are measured", flush=True)
-        colours, sides = list(map(torch.stack, zip(*colours))), torch.stack(sides)
+        *colours, sides = table
         if cache:
             with suppress(UserError):                                       # a folder that may not be written
                 save_checkpoint(cache, {"key": key, "measured": {"colours": colours, "sides": sides}})
@@ -159,13 +159,21 @@ def pack(found, size, path, key):
                 file.seek(place)
                 file.write(part.numpy().tobytes())
             end = file.tell()
-            small.append((pose, K, count, torch.tensor(had_mask)))
+            keep(small, o, len(found), (pose, K, count, torch.tensor(had_mask)))
         file.write(key.encode())
         end = file.tell()
-    pose, K, count, had_masks = map(torch.stack, zip(*small))
+    pose, K, count, had_masks = small
     save_checkpoint(path.with_suffix(".pt"), {
         "key": key, "bytes": end, "size": size, "names": [entry.name for entry in found],
         "photos": {"pose": pose, "K": K, "count": count, "has_masks": had_masks.all()}})
+
+
+def keep(table, row, rows, tensors):
+    """Puts tensors into the row of a table.  A list of small tensors between large ones that come and go
+    would leave holes in memory that nothing fits into: with 4,096 objects, 4 GB"""
+    table += [some.new_zeros(rows, *some.shape) for some in tensors] if not table else []
+    for column, some in zip(table, tensors):
+        column[row] = some
 
 
 def map_photos(path, key):
