@@ -92,24 +92,22 @@ def steadiness(poses):
 
 
 def strip(model, photos, transforms, out):
-    """A new object, the shape between two and the colours of a third, folds as one of its parents does"""
+    """A new object, the shape between two and the colours of a third, folds as in the first one's film"""
     every = torch.arange(1, device=model.shapes.device)
     code = model.code(every, every, model.shapes.new_zeros(1, 3))
     W = model.config.shape_width
     code[0, :W] = (model.shapes[0] + model.shapes[1]) / 2
     code[0, W:-3] = model.colours[-1]
     volume = model.volumes_of(code)
-    # From the frame in which its cups have turned least to that in which they have turned most
-    turned = [some[1:3, :, :3].diagonal(dim1=-2, dim2=-1).sum().item() for some in transforms]
-    order = np.argsort(turned)[::-1]
-    chosen = [order[k] for k in np.linspace(0, len(order) - 1, 8).round().astype(int)]
+    # Eight frames of the first half of its film: it opens and closes once or twice
+    chosen = torch.linspace(0, len(transforms) / 2, 8).long().tolist()
     rows = [torch.stack([to_bytes(whole_frame(model, volume, photos, 0, view, transforms[k])[0])
                          for k in chosen]) for view in (0, len(transforms) // 4)]
     save_picture(out / "strip.png", np.kron(grid(torch.cat(rows), 8), np.ones((2, 2, 1), np.uint8)))
     volumes = torch.stack([posed(model, volume, transforms[k]) for k in chosen])
-    labels = [f"pose {k + 1}" for k in range(8)]
-    objects = page_objects(AsVolumes(), volumes, labels, ["from open to closed"] * 8)
-    sets = [("poses", "one object, posed", "", list(range(8)))]
+    labels = [f"frame {k}" for k in chosen]
+    objects = page_objects(AsVolumes(), volumes, labels, ["a new object in another one's poses"] * 8)
+    sets = [("Poses", "one new object, in eight poses", "", list(range(8)))]
     write_page(out / "viewer.html", "New headphones that fold", "", sets, objects, 96)
 
 
