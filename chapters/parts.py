@@ -16,7 +16,7 @@ them directly, because frames follow each other closely.
 
 in   data/moving/films/          shapes/moving.py; made first, if it is not there
 out  runs/parts/                 last.pt, log.jsonl, previews/, parts.txt, strip.png, viewer.html
-run  python -m chapters.parts
+run  python -m chapters.parts                     held-out frames 24.03 dB; with known motion 29.44 (row J1)
      python -m chapters.parts --motion none --out runs/parts_static        as if nothing moved
      python -m chapters.parts --motion known --out runs/parts_known        the true motion is given
 read Config, motion_of, main, strip; and Moving and render_parts in linkage.py.

@@ -115,36 +115,44 @@ def degrees_off(found, true):
     return ((found * true).sum((-1, -2)) / 2 - 0.5).clamp(-1, 1).acos().rad2deg()
 
 
-def best_frame(angles, true):
-    """Turns all cameras together, around the vertical, until most are near the true ones -> the new angles"""
-    every = torch.arange(360.0).deg2rad()
-    turned = torch.stack([angles + torch.tensor([some, 0, 0]) for some in every.tolist()])     # (360,N,V,3)
-    near = (15 - degrees_off(pose_of(turned)[..., :3, :3], true)).clamp(min=0).mean((1, 2))
-    return turned[near.argmax()]
+def best_frame(found, true, tilt):
+    """Turns all rotations found (N,V,3,3) together around the vertical, until most are near the true ones;
+    with `tilt` then freely as well, by what the near ones lack on the mean -> the new ones"""
+    turned = about_z(torch.arange(360.0))[:, None, None] @ found                               # (360,N,V,3,3)
+    best = turned[(15 - degrees_off(turned, true)).clamp(min=0).mean((1, 2)).argmax()]
+    near = degrees_off(best, true) < 15
+    if tilt and near.any():
+        U, _, Vh = torch.linalg.svd((true @ best.mT)[near].mean(0))      # the rotation nearest to that mean
+        best = U @ Vh @ best
+    return best
+
+
+def about_z(degrees):
+    c, s, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
+    return torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
 
 
 def measure(angles, true, which):
     """Found angles (N,V,3), true rotations (N,V,3,3), each object's coarse shape (N,) -> lines, and the
     angles in the one frame that is best for all"""
-    lines, first = [], None
-    half, flip = torch.tensor([math.pi, 0, 0]), torch.tensor([-1.0, 1, 1])
+    lines, first, found = [], None, pose_of(angles)[..., :3, :3]
+    flip, half = torch.diag(torch.tensor([-1.0, 1, 1])), torch.diag(torch.tensor([-1.0, -1, 1]))
     frames = {"one frame for all": which * 0, "a frame for each coarse shape": which,
               "a frame for each object": torch.arange(len(which))}
     for name, frame in frames.items():
-        turned = torch.empty_like(angles)
+        turned = torch.empty_like(found)
         for k in frame.unique():
-            turned[frame == k] = best_frame(angles[frame == k], true[frame == k])
+            turned[frame == k] = best_frame(found[frame == k], true[frame == k], name.endswith("object"))
         # From behind: half a turn.  In a mirror: the camera that sees the mirrored object, mirrored
-        off = degrees_off(pose_of(turned)[..., :3, :3], true)
-        behind = degrees_off(pose_of(turned + half)[..., :3, :3], true)
-        mirrored = degrees_off(flip[:, None] * pose_of(turned)[..., :3, :3] * flip, true)
+        off, behind, mirrored = (degrees_off(some, true)
+                                 for some in (turned, half @ turned, flip @ turned @ flip))
         right, turned_round = off < 15, (off >= 15) & (behind < 15)
         reflected = (off >= 15) & (behind >= 15) & (mirrored < 15)
         shares = [f"{some.float().mean():.0%}" for some in (right, turned_round, reflected)]
         lines.append(f"{name}: off by {off.median():.1f} degrees (median); within 15 degrees {shares[0]}; "
                      f"from behind {shares[1]} more, in a mirror {shares[2]} more")
         first = turned if first is None else first
-    return lines, first
+    return lines, angles_of(first)
 
 
 def draw(found, true, chosen, names, path):
