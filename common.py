@@ -124,6 +124,8 @@ def command(main):
     sys.stdout, began = sys.stdout or open(os.devnull, "w"), time.time()      # None if the shell closed it
     try:
         main()
+        if rank_of()[0]:      # Python's way to end would abort a thread that still clears up its last message
+            os._exit(0)
         # It is flushed here, because a closed pipe must be noticed inside the `try`
         print(f"in {clock(time.time() - began)}{peak_memory()}", flush=True)
     except KeyboardInterrupt:
