@@ -371,7 +371,7 @@ class Run:
         self.began, self.first, self.printed = time.time(), {}, 0.0                    # for the progress line
         self.bad, self.skipped, self.doubtful, self.stopping = 0, 0, False, None       # for the guards
         self.first_process, self.lock = rank_of()[0] == 0, open(os.devnull)
-        self.thread, self.saving = ThreadPoolExecutor(1), None
+        self.thread, self.saving, self.aside = ThreadPoolExecutor(1), None, self.folder / f".{name}.before"
         if self.first_process:
             self._lock(f".{name}.lock")
             self._settle()
@@ -419,7 +419,7 @@ class Run:
     def _settle(self):
         """What --fresh put aside is deleted once there is something new in its place.  Until then it comes
         back, because a run may end before its first checkpoint, as when memory runs out"""
-        aside, paths = self.folder / f".{self.file.name}.before", [*self.stale, self.file]
+        aside, paths = self.aside, [*self.stale, self.file]
         if aside.is_dir() and not os.path.lexists(paths[0]):
             for k, path in reversed([*enumerate(paths)]):         # the first last: it says that all is back
                 if os.path.lexists(aside / str(k)):
@@ -432,8 +432,8 @@ class Run:
         if self.first_process:
             for k, path in enumerate([*self.stale, self.file] if self.fresh else ()):
                 if os.path.lexists(path):
-                    (self.folder / f".{self.file.name}.before").mkdir(exist_ok=True)
-                    os.replace(path, self.folder / f".{self.file.name}.before" / str(k))
+                    self.aside.mkdir(exist_ok=True)
+                    os.replace(path, self.aside / str(k))
             save_text(self.file, json.dumps(self.recipe, indent=1))
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}

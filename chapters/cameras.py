@@ -38,7 +38,8 @@ from autodecoder import (BETAS, FREE, Autodecoder, draw_batch, jitter, learning_
 from chapters.families import improve, record, resume
 from chapters.poses import (SIDE, all_sides, angles_of, bootstrap, degrees_off, draw, measure, noisy, pose_of,
                             small)
-from common import Run, command, intrinsics_at, parse_config, pick_device, save_preview, save_text, to_bytes
+from common import (Run, UserError, command, intrinsics_at, parse_config, pick_device, save_preview,
+                    save_text, to_bytes)
 from shapes.packed import read_photos
 from volume_render import psnr, render_volumes
 
@@ -133,6 +134,9 @@ def main(argv=None):
     photos = read_photos(config.data, config.size, config.objects)
     N, count = photos.rgb.shape[:2]
     V = count - config.holdout_views
+    if not 0 < V < count:
+        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
+                        "object")
     views, held_views = list(range(V)), list(range(V, count))
     true, sides = photos.pose[..., :3, :3], all_sides(config.max_elevation)
     run = Run(config.out, "cameras", config, [f.name for f in fields(Config) if f.name not in FREE])

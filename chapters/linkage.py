@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import GAIN, Autodecoder
+from chapters.poses import turned_by
 from shapes import moving
 from volume_render import camera_rays, composite, cube, lookup, occupancy
 
@@ -24,9 +25,8 @@ class Moving(Autodecoder):
 
     def __init__(self, config, objects, frames):
         super().__init__(config, objects)
-        self.frames, width = frames, config.channels[-1]
         bias = self.leave[-1].bias[:32].detach().clone()
-        self.leave[-1] = nn.Conv3d(width, (4 + PARTS) * 8, 3, padding=1)
+        self.leave[-1] = nn.Conv3d(config.channels[-1], (4 + PARTS) * 8, 3, padding=1)
         with torch.no_grad():
             self.leave[-1].bias.zero_()[:32] = bias
         # Pivots may be anywhere, because shifts correct them.  The band, part 0, stays
@@ -47,11 +47,7 @@ class Moving(Autodecoder):
 
     def transforms(self, poses):
         """Poses (...,P-1,6) -> from a frame to the object's own space (...,P,3,4)"""
-        x, y, z = poses[..., :3].unbind(-1)
-        zero = torch.zeros_like(x)
-        skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
-        R = torch.linalg.matrix_exp(skew)
-        q = self.pivot[1:]
+        R, q = turned_by(poses[..., :3]), self.pivot[1:]
         t = q + poses[..., 3:] - (R @ q[..., None])[..., 0]
         still = torch.eye(3, 4, device=poses.device).expand(*poses.shape[:-2], 1, 3, 4)
         return torch.cat([still, torch.cat([R, t[..., None]], -1)], -3)

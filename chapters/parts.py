@@ -32,8 +32,8 @@ import autodecoder
 from autodecoder import FREE, jitter, learning_rate_share
 from chapters.families import AsVolumes, improve, record, resume
 from chapters.linkage import Moving, posed, render_parts, share_of_parts, whole_frame
-from common import (Run, command, grid, parse_config, pick_device, save_picture, save_preview, save_text,
-                    to_bytes)
+from common import (Run, UserError, command, grid, parse_config, pick_device, save_picture, save_preview,
+                    save_text, to_bytes)
 from shapes import moving
 from shapes.packed import read_photos
 from viewer.page import page_objects, write_page
@@ -73,6 +73,7 @@ def draw(photos, config, frames, generator):
     y, x = pixel // n, pixel % n
     rays = pixel_rays(photos.pose[o, frame], photos.intrinsics[o], x + 0.5, y + 0.5)
     rgb, mask = photos.rgb[o, frame, y, x].float() / 255, photos.mask[o, frame, y, x].float() / 255
+    photos.forget()
     return objects, frame, [*rays, rgb, mask]
 
 
@@ -93,12 +94,8 @@ def steadiness(poses):
 
 def strip(model, photos, transforms, out):
     """A new object, the shape between two and the colours of a third, folds as in the first one's film"""
-    every = torch.arange(1, device=model.shapes.device)
-    code = model.code(every, every, model.shapes.new_zeros(1, 3))
-    W = model.config.shape_width
-    code[0, :W] = (model.shapes[0] + model.shapes[1]) / 2
-    code[0, W:-3] = model.colours[-1]
-    volume = model.volumes_of(code)
+    shape, colour = model.shapes[:2].mean(0), model.colours[-1]
+    volume = model.volumes_of(torch.cat([shape, colour, shape.new_zeros(3)])[None])
     # Eight frames of the first half of its film: it opens and closes once or twice
     chosen = torch.linspace(0, len(transforms) / 2, 8).long().tolist()
     rows = [torch.stack([to_bytes(whole_frame(model, volume, photos, 0, view, transforms[k])[0])
@@ -120,6 +117,8 @@ def main(argv=None):
     photos = read_photos(config.data, config.size, config.objects)
     N, frames = photos.rgb.shape[:2]
     held = torch.arange(config.every // 2, frames, config.every)
+    if not len(held):
+        raise UserError(f"--every {config.every}: of {frames} frames none would be held out, to measure by")
     train = torch.tensor([k for k in range(frames) if k % config.every != config.every // 2])
     parts = [np.load(Path(config.data, name, "parts.npz")) for name in photos.names]
     truth = torch.from_numpy(np.linalg.inv([some["transforms"] for some in parts])).float()[..., :3, :]

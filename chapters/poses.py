@@ -24,10 +24,8 @@ SIDE = 16                                # pixels of the pictures that are searc
 def pose_of(angles):
     """Radians (...,3): azimuth, elevation, turn in the picture -> camera to world (...,4,4)"""
     flat = angles.reshape(-1, 3)
-    c, s, zero = flat[:, 2].cos(), flat[:, 2].sin(), torch.zeros_like(flat[:, 2])
-    pose = camera_to_world_at(flat[:, 0].rad2deg(), flat[:, 1].rad2deg(), zero + DISTANCE)
-    turn = torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], 1).view(-1, 3, 3)
-    pose = torch.cat([torch.cat([pose[:, :3, :3] @ turn, pose[:, :3, 3:]], 2), pose[:, 3:]], 1)
+    pose = camera_to_world_at(*flat[:, :2].rad2deg().T, torch.full_like(flat[:, 0], DISTANCE))
+    pose = torch.cat([torch.cat([pose[:, :3, :3] @ about_z(flat[:, 2]), pose[:, :3, 3:]], 2), pose[:, 3:]], 1)
     return pose.view(*angles.shape[:-1], 4, 4)
 
 
@@ -43,10 +41,19 @@ def angles_of(pose):
 def noisy(pose, degrees, generator):
     """Rotations (...,3,3), turned around random axes; the angle's root mean square is `degrees`"""
     vector = torch.randn(*pose.shape[:-1], generator=generator) * math.radians(degrees) / math.sqrt(3)
+    return turned_by(vector) @ pose
+
+
+def turned_by(vector):
+    """(...,3), whose direction is the axis and whose length is the angle -> rotations (...,3,3)"""
     x, y, z = vector.unbind(-1)
     zero = torch.zeros_like(x)
     skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
-    return torch.linalg.matrix_exp(skew) @ pose
+    return torch.linalg.matrix_exp(skew)
+
+
+def about_z(angle):
+    return turned_by(torch.stack([0 * angle, 0 * angle, angle], -1))
 
 
 def all_sides(max_elevation):
@@ -118,18 +125,13 @@ def degrees_off(found, true):
 def best_frame(found, true, tilt):
     """Turns all rotations found (N,V,3,3) together around the vertical, until most are near the true ones;
     with `tilt` then freely as well, by what the near ones lack on the mean -> the new ones"""
-    turned = about_z(torch.arange(360.0))[:, None, None] @ found                               # (360,N,V,3,3)
+    turned = about_z(torch.arange(360.0).deg2rad())[:, None, None] @ found          # (360,N,V,3,3)
     best = turned[(15 - degrees_off(turned, true)).clamp(min=0).mean((1, 2)).argmax()]
     near = degrees_off(best, true) < 15
     if tilt and near.any():
         U, _, Vh = torch.linalg.svd((true @ best.mT)[near].mean(0))      # the rotation nearest to that mean
         best = U @ Vh @ best
     return best
-
-
-def about_z(degrees):
-    c, s, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
-    return torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
 
 
 def measure(angles, true, which):

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from common import (Run, UserError, command, grid, parse_config, pick_device, save_picture, save_text,
                     to_bytes)
 from diffusion import latents_of, sample
-from lab.fresh import held_out_codes, see_objects
+from lab.fresh import held_out_codes, see_objects, training_cells
 from sample import load_models
 from volume_render import ANGLES, cameras, render_views
 
@@ -75,7 +75,8 @@ def main(argv=None):
     model, names, denoiser = load_models(config, device)
     run = Run(config.out, "blind", config, (), "blind.json", stale=())
     every = None
-    if not config.data:
+    # Procedural objects stand beside a model of such objects alone
+    if not config.data and training_cells(names, model.config.data):
         every = see_objects(Path(config.cache, "blind.pt"), "fresh", range(config.fits), config, 8, 0, run)
     codes = held_out_codes(model, config, every, device)
     if codes is None:
