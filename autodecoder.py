@@ -28,7 +28,6 @@ from common import (Run, UserError, command, digest, fill, fill_optimizer, first
 
 import json
 import math
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -60,8 +59,8 @@ class Config:
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first
     # photos that nobody took
-    recolour: float = 0.5                # first share of objects in another one's colours (from 0 to 1)
-    stretched: float = 0.5               # first share of stretched objects.  Both fall to 0 (from 0 to 1)
+    recolour: float = 0.5                # objects in another's colours, share at the first step (from 0 to 1)
+    stretched: float = 0.5               # and share of stretched objects.  Both fall to 0 (from 0 to 1)
     stretch: float = 0.14                # log of the largest stretch along an axis (from 0.01 to 1)
     # training
     steps: int = 6000                    # gradient steps (at least 1)
@@ -227,7 +226,7 @@ def draw_batch(photos, config, views, generator, objects=None, pose=None):
     anywhere = (torch.arange(R) >= int(config.foreground * R)) | ~exists
     pixel = torch.where(anywhere, (u * n * n).long(), near)
     y, x = pixel // n, pixel % n
-    pose = photos.pose if pose is None else pose        # (in chapters/cameras.py other ones are believed)
+    pose = photos.pose if pose is None else pose                # (a chapter gives its own guesses)
     origins, directions = pixel_rays(pose[o, view], photos.intrinsics[o], x + 0.5, y + 0.5)
     rgb, mask = photos.rgb[o, view, y, x].float() / 255, photos.mask[o, view, y, x].float() / 255
     photos.forget()
@@ -326,10 +325,11 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     device = pick_device(config.device)
 
     # The photos.  The last ones of each object are held out
-    if not os.path.exists(config.data) and config.data == Config.data:
-        print(f"{config.data} is not there: making it first, as python render_shapenet.py does")
-        render_shapenet.main([])
-    photos = first_then_others(lambda: read_photos(config.data, config.size, config.objects))
+    def read():
+        if config.data == Config.data:
+            render_shapenet.make_missing(config.data)
+        return read_photos(config.data, config.size, config.objects)
+    photos = first_then_others(read)
     count = photos.rgb.shape[1]
     if not 1 <= config.holdout_views < count:
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
@@ -442,7 +442,7 @@ def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     # A code is counted in deviations of the training codes, from their mean: a random start often ends badly.
     # The pull back to 0 decides whatever the given photos do not show
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
-    deviation[-3:] = 0.5 * (model.config.stretched > 0)      # training drew them from -1 to 1, or not at all
+    deviation[-3:] = 0.5 * (model.config.stretched > 0)      # training drew them around 0, or not at all
     start = lambda objects: mean.expand(len(objects), -1)
     return torch.cat([descend(model, model.volumes_of, start(objects), deviation, photos, views, objects,
                               steps, rate, decay, seed)

@@ -101,8 +101,9 @@ def checked(config, where=""):
     comments = comments_of(type(config))
     for field in fields(config):
         comment, kind, values = comments.get(field.name, ""), field.type, [getattr(config, field.name)]
-        if kind is tuple and isinstance(values[0], (list, tuple)) and (values[0] or not field.default):
-            kind, values = type((*field.default, 0)[0]), values[0]
+        if kind is tuple and isinstance(values[0], (list, tuple)):       # each of its numbers is looked at
+            kind = type((*field.default, 0)[0])
+            values = values[0] or [None] * len(field.default[:1])          # it is empty: is that allowed?
         choices = re.match(r"([\w.]+(?: \| [\w.]+)+):", comment)
         found = re.search(r"\((?:at least|from) (-?[\d.]+)(?: to (-?[\d.]+))?\)", comment)
         most = 1e6 if kind is int and field.name != "seed" else 1e12
@@ -124,7 +125,7 @@ def command(main):
     sys.stdout, began = sys.stdout or open(os.devnull, "w"), time.time()      # None if the shell closed it
     try:
         main()
-        if rank_of()[0]:      # Python's way to end would abort a thread that still clears up its last message
+        if RANK:              # Python's way to end would abort a thread that still clears up its last message
             os._exit(0)
         # It is flushed here, because a closed pipe must be noticed inside the `try`
         print(f"in {clock(time.time() - began)}{peak_memory()}", flush=True)
@@ -178,37 +179,33 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such GPU: use --device cpu")
     title = f"{torch.get_num_threads()} threads" if name == "cpu" else torch.cuda.get_device_name(name)
     print(f"device {name} ({why}; {title})")
-    if "RANK" in os.environ and not dist.is_initialized():
+    if PROCESSES > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if name == "cpu" else "cpu:gloo,cuda:nccl")
-        if dist.get_rank():
+        if RANK:
             sys.stdout = open(os.devnull, "w")
     return torch.device(name)
 
 # `torchrun --nproc_per_node 2 autodecoder.py` starts two processes, on a GPU each or on the CPU.  Each takes
 # a share of every batch, and their gradients are averaged, so they train as one does.  The first one speaks
-# and writes for all
-def rank_of():
-    """-> this process's rank, 0 for the first, and how many there are"""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+# and writes for all.  torchrun tells each process its rank (0 is the first), and how many there are
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def my_share(items):
     """Which items of a batch are this process's"""
-    rank, count = rank_of()
-    if items % count:
-        raise UserError(f"{count} processes cannot share the {items} items of a batch equally")
-    return slice(rank, None, count)
+    if items % PROCESSES:
+        raise UserError(f"{PROCESSES} processes cannot share the {items} items of a batch equally")
+    return slice(RANK, None, PROCESSES)
 
 def together(tensor):
     """The mean over all processes, in place"""
-    if rank_of()[1] > 1:
+    if PROCESSES > 1:
         dist.all_reduce(tensor)
-        tensor /= rank_of()[1]
+        tensor /= PROCESSES
     return tensor
 
 def first_then_others(make):
     """What the first process makes, and writes to a file, the others then read"""
-    made = make() if rank_of()[0] == 0 else None
+    made = make() if RANK == 0 else None
     together(torch.zeros(1))                                   # waits until all are here
     return make() if made is None else made
 
@@ -225,9 +222,10 @@ def camera_to_world_at(azimuth, elevation, distance):
     pose = torch.stack([right, down, -outward, position], -1)                                   # (...,3,4)
     return torch.cat([pose, pose.new_tensor([0, 0, 0, 1]).expand(*a.shape, 1, 4)], -2)
 
+DISTANCE = 1.3                     # from the camera to the object's centre, in all stages
 def intrinsics_at(size, focal=131.25):
     """Pixels along a side -> (3,3) float64"""
-    # The focal length is that of a 128-pixel photo of the SRN data set.  At its usual distance of 1.3 a ball
+    # The focal length is that of a 128-pixel photo of the SRN data set.  From its usual distance, 1.3, a ball
     # of diameter 1 fills 85 % of the frame
     f = focal * size / 128
     return torch.tensor([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], dtype=torch.float64)
@@ -273,9 +271,6 @@ def save_checkpoint(file, state):
     torch.save(state | {"digest": digest(state)}, content)
     with atomic_file(file) as temporary:
         temporary.write_bytes(content.getbuffer())
-        # It is read back before it replaces the last good one.  (It is a zip file, which has checksums)
-        if zipfile.ZipFile(temporary).testzip():
-            raise OSError("it does not read back as written")
 
 def load_checkpoint(file, *parts):
     """What save_checkpoint wrote, on the CPU, verified; it must have these parts"""
@@ -285,12 +280,11 @@ def load_checkpoint(file, *parts):
     try:
         with zipfile.ZipFile(file) as archive:
             # torch does not compress.  What is larger than its file is a trap, a "zip bomb"
-            stated = sum(member.file_size for member in archive.infolist())
-            if stated > os.path.getsize(file) or archive.testzip():
-                raise ValueError("its checksum is wrong, or its size")
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(file):
+                raise ValueError("its size is wrong")
         # weights_only, because a file from a stranger could otherwise run any code while it is read
         state = torch.load(file, map_location="cpu", weights_only=True)
-        # The zip's directory has no checksum.  A bit flipped in it fills a tensor with random memory
+        # torch checks no checksum.  A bit that flipped would be a wrong number, or random memory
         if not isinstance(state, dict) or state.pop("digest", None) != digest(state):
             raise ValueError("no checkpoint of this version of the program, or its digest is wrong")
     except Exception as error:              # there is no end of what zipfile, pickle and torch may raise
@@ -299,7 +293,7 @@ def load_checkpoint(file, *parts):
     for part in parts:
         kind = {"names": list, "optimizers": list, "step": int, "autodecoder": str}.get(part, dict)
         if not isinstance(state.get(part), kind):
-            held = ", ".join(f"{key} ({type(value).__name__})" for key, value in state.items())[:200]
+            held = ", ".join(map(str, state))[:200]
             raise UserError(f"{file} holds something else ({held}), where {part} ({kind.__name__}) is wanted")
     return state
 
@@ -319,6 +313,7 @@ def load_newest(folder, *parts, say=print):
 def load_stage(folder, what, script, *parts):
     """What an earlier stage saved in its folder; one of the parts is in no other stage's checkpoint"""
     try:
+        # (Where there is neither file, the second call says so)
         return load_newest(folder, "config", *parts) or load_checkpoint(Path(folder, "last.pt"))
     except UserError as error:
         raise UserError(f"this needs {what}, and {error}. Run: python {script}") from None
@@ -332,7 +327,8 @@ def saved_config(Config, state, folder):
     return checked(Config(**state["config"]), f"{folder}/last.pt: ")
 
 def fill(network, weights, folder):
-    """The network, with weights from a file, which must have its names, shapes and types, and be finite"""
+    """The network, with weights from a file, which must have its names, shapes and types, and be finite
+    (half precision, as in pretrained/, becomes float)"""
     # A network on the device "meta" has shapes without numbers.  So a file that asks for more than memory
     # holds is refused before anything is built; else the file's tensors become such a network's own
     wanted = network.state_dict()
@@ -369,8 +365,9 @@ class Run:
         wanted = {"stage": stage} | {key: self.config[key] for key in recipe}
         self.recipe = json.loads(json.dumps(wanted))            # as the file gives it back: a tuple is a list
         self.began, self.first, self.printed = time.time(), {}, 0.0                    # for the progress line
-        self.bad, self.skipped, self.doubtful, self.stopping = 0, 0, False, None       # for the guards
-        self.first_process, self.lock = rank_of()[0] == 0, open(os.devnull)
+        self.bad, self.skipped, self.doubtful = 0, 0, False                            # for the guards
+        self.asked, self.stopping = None, None                                         # for signals
+        self.first_process, self.lock = RANK == 0, open(os.devnull)
         self.thread, self.saving, self.aside = ThreadPoolExecutor(1), None, self.folder / f".{name}.before"
         if self.first_process:
             self._lock(f".{name}.lock")
@@ -407,9 +404,9 @@ class Run:
         if found.get("stage") != self.recipe["stage"]:
             raise UserError(f"{self.folder} holds another stage's run, or an older one: use another --out")
         # A run continued with another learning rate, for example, would be neither of the two experiments
-        path = lambda some: os.path.normpath(some) if some and isinstance(some, str) else some      # ./a is a
+        normal = lambda some: os.path.normpath(some) if some and isinstance(some, str) else some    # ./a is a
         for field, value in ({} if self.fresh else self.recipe).items():
-            if path(found.get(field, value)) != path(value):
+            if normal(found.get(field, value)) != normal(value):
                 anew = f"delete {self.folder}" if self.fresh is None else "start over with --fresh"
                 late = " (its learning rate fell to the end over those steps, so it cannot be made longer)"
                 raise UserError(f"{self.file} says that what is there was made with --{field} "
@@ -419,21 +416,21 @@ class Run:
     def _settle(self):
         """What --fresh put aside is deleted once there is something new in its place.  Until then it comes
         back, because a run may end before its first checkpoint, as when memory runs out"""
-        aside, paths = self.aside, [*self.stale, self.file]
-        if aside.is_dir() and not os.path.lexists(paths[0]):
-            for k, path in reversed([*enumerate(paths)]):         # the first last: it says that all is back
-                if os.path.lexists(aside / str(k)):
+        paths = [*self.stale, self.file]
+        if self.aside.is_dir() and not os.path.lexists(paths[0]):
+            for path in reversed(paths):                         # the first comes last: then all is back
+                if os.path.lexists(self.aside / path.name):
                     remove(path)
-                    os.replace(aside / str(k), path)
-        remove(aside)
+                    os.replace(self.aside / path.name, path)
+        remove(self.aside)
 
     def __enter__(self):
         """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""
         if self.first_process:
-            for k, path in enumerate([*self.stale, self.file] if self.fresh else ()):
+            for path in [*self.stale, self.file] if self.fresh else ():
                 if os.path.lexists(path):
                     self.aside.mkdir(exist_ok=True)
-                    os.replace(path, self.aside / str(k))
+                    os.replace(path, self.aside / path.name)
             save_text(self.file, json.dumps(self.recipe, indent=1))
         # A signal in the middle of a step would lose work, so the loop itself stops, after it has saved
         self.before = {}
@@ -442,6 +439,8 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        if error[0] and sys.stdout.isatty():
+            print()                                  # what is said next stands below the progress line
         for number, handler in self.before.items():
             signal.signal(number, handler)
         try:
@@ -452,9 +451,11 @@ class Run:
             self.lock.close()
 
     def _stop(self, number, frame):
-        if self.stopping:                            # a second Ctrl-C means: at once
+        if self.asked:                               # a second Ctrl-C means: at once
             raise UserError("stopped at once; the same command goes on from what is saved")
-        self.stopping = signal.Signals(number).name
+        self.asked = signal.Signals(number).name
+        if PROCESSES == 1:                           # else `finite` tells all processes, at the same step
+            self.stopping = self.asked
 
     def save(self, state):
         """Write last.pt; the one before stays as previous.pt.  A thread does it while training goes on, with
@@ -474,9 +475,8 @@ class Run:
 
     def written(self):
         """Waits for the thread that saves, and raises here what went wrong there"""
-        saving, self.saving = self.saving, None
-        if saving:
-            saving.result()
+        if self.saving:
+            self.saving.result()
 
     def load(self, *parts):
         """The state to go on from, with these parts, or None."""
@@ -488,8 +488,8 @@ class Run:
     def finite(self, step, value):
         """False for a step to leave out, because its loss or gradient is not finite (NaN or infinity)"""
         # What one process finds, or was asked, all must know
-        value, asked = together(torch.tensor([value, float(bool(self.stopping))])).tolist()
-        self.stopping = self.stopping or asked and "a signal to another process"
+        value, asked = together(torch.tensor([value, float(bool(self.asked))])).tolist()
+        self.stopping = self.stopping or asked and (self.asked or "a signal to another process")
         # One unlucky batch is harmless if its step is left out.  Three in a row mean that the weights are bad
         self.bad = 0 if math.isfinite(value) else self.bad + 1
         if self.bad:
@@ -535,7 +535,6 @@ class Run:
     def stop_if_asked(self, step):
         """Called after a save: if Ctrl-C or SIGTERM came, the run ends here, and nothing is lost."""
         if self.stopping:
-            self.written()
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
 
 def remove(path):

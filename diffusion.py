@@ -122,7 +122,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x, level, *told):
-        """x (B,K), level = log(sigma) / 4 (B,) -> (B,W)"""
+        """x (B,K), level = log(sigma) / 4 (B,), and what a chapter adds -> (B,W)"""
         h = self.enter(torch.cat([x, level_embedding(level, self.half), *told], 1))
         for layer in self.hidden:
             h = h + layer(h)
@@ -155,7 +155,7 @@ class Denoiser(nn.Module):
         # (3,000 latents know these directions; an eigendecomposition of more takes long)
         self.basis.copy_(principal(rows[:3000], len(self.basis)))
 
-        # EDM's sigma_data is one number, 0.5.  Ours is measured in each component: the first are the longest
+        # EDM's sigma_data is one number, 0.5.  Ours is measured in each component: the first vary the most
         z = rows @ self.basis.T                                                              # (P,K)
         self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
 
@@ -273,7 +273,8 @@ def denoising_loss(denoiser, z, codes, noise, u, *told):
 
                  weight of |D - z|^2                                  which sampler
         DDPM     1 / sigma^2, from the error in n                     ancestral: noise at each step
-        EDM      1 / (sigma^2 + a tenth of the variance of z)         Heun: noise only at first"""
+        EDM      here 1 / (sigma^2 + a tenth of the variance of z):   Heun: noise only at first
+                 theirs, 1 / sigma^2 + 1 / variance, gives the low levels more"""
     # Components count by their share of the variance: else many short ones outweigh those that make the shape
     sigma, variance = denoiser.level(u)[:, None], denoiser.deviation ** 2
     error = denoiser.error(denoiser.guess(z + sigma * noise, sigma, *told), codes, z)
@@ -316,11 +317,10 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
     sigmas = denoiser.level(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
-    guess = lambda sigma: denoiser.guess(x, sigma.expand(len(x), 1))
     for sigma, x in zip(sigmas, itertools.chain([x], walk(denoiser, x, sigmas, draw))):
         if trace is not None:
-            trace.append((sigma.item(), guess(sigma)))
-    return guess(sigmas[-1])                                   # at the lowest level the guess is the sample
+            trace.append((sigma.item(), denoiser.guess(x, sigma.expand(len(x), 1))))
+    return denoiser.guess(x, sigma.expand(len(x), 1))          # at the lowest level the guess is the sample
 
 # ----------------------------------------------------------------------------------------------- the latents
 @torch.no_grad()
@@ -335,7 +335,7 @@ def draw_parents(model, count, generator, config):
     first = torch.randint(N, (count, 1), generator=generator)
     others = torch.randint(min(config.among or N, N), (count, 2), generator=generator)
     others = torch.cdist(shapes, shapes).argsort(1).cpu()[first, others]           # the nearest is itself
-    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()       # uniform on the triangle
+    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()      # over their sum: uniform
     share[::2, 2] = 0
     share = share / share.sum(1, keepdim=True)
     # A mean lies between its parts, so mixtures vary less than objects do.  Weights that are further from

@@ -8,9 +8,10 @@ paper's renderer, PyTorch3D, has cameras of its own kind.  Other code for photos
 uses OpenCV's.  So cameras are drawn here as PyTorch3D writes them, and converted at once.
 
 in   nothing (procedural models, shapes/earphones.py), or --shapenet DIR, a copy of ShapeNetCore v1 or v2
-out  data/earphones_train/<object>/{rgb,mask}/000000.png, pose/000000.txt, intrinsics.txt
+out  data/earphones_train/<object>/{rgb,mask}/000000.png, pose/000000.txt, intrinsics.txt, factors.json
      data/earphones_test/...            objects that no training sees
-     data/earphones_train.png           a picture of all objects
+     data/earphones_train.png           a picture of all objects, written last
+     data/procedural/, earphones.json   the meshes, and how all this was made
 run  python render_shapenet.py               two CPU cores: 39 s, 144 models and 5,472 photos
      python render_shapenet.py --category chairs mugs            other kinds of objects, in one folder
      python render_shapenet.py --shapenet ~/ShapeNetCore.v2 --synset 03001627 --holdout 100
@@ -18,8 +19,8 @@ read Config, look_at, opencv_from_pytorch3d, photograph.  Then render_object, re
      run over thousands of models survives broken ones, kill -9 and a full disk.
 """
 # First, because it makes Ctrl-C one line, also while torch loads
-from common import (Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device, plain,
-                    save_picture)
+from common import (DISTANCE, Run, UserError, command, grid, intrinsics_at, judge, parse_config, pick_device,
+                    plain, save_picture)
 
 import json
 import math
@@ -69,9 +70,6 @@ class Config:
     fresh: bool = False            # throw away the photos in --out and start over
 
 
-# From the camera to the object's centre.  All stages look from this distance.  The object's diagonal is 1, so
-# with the focal length of the SRN photos (common.intrinsics_at) it fills at most 85 % of a photo
-DISTANCE = 1.3
 # Photos that were made with other values of these fields do not belong in the same folder
 RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample", "max_elevation", "thin",
           "renderer", "seed")
@@ -141,7 +139,7 @@ def photograph(mesh, folder, config, generator):
     # Poses are random, so the first `views` photos, which stage 1 trains on, are like the held-out ones after
     # them.  The tries are limited, because a broken model may be invisible from everywhere
     cameras, number, wanted = random_cameras(generator, config), 0, config.views + config.holdout_views
-    for tries in range(10 * wanted):
+    for _ in range(10 * wanted):
         pose = next(cameras)
         rgb, coverage, _ = rasterize(mesh, pose, K, config.size, config.supersample, config.renderer)
         if not coverage.any():           # a flat sheet that is seen edge-on: draw another camera
@@ -338,6 +336,17 @@ def contact_sheet(folder, path, most=72):
 
 # ------------------------------------------------------------------------------------------------------- main
 
+def make_missing(folder):
+    """What stage 1 calls first: the photos of this stage's default, if they are not there, or not all"""
+    # The recipe is written first and the picture of all objects last, so a picture that is missing tells of a
+    # run that was stopped.  (A folder without a recipe was copied from elsewhere, and is taken as it is)
+    path = Path(folder)
+    stopped = path.with_name("earphones.json").exists() and not path.with_suffix(".png").exists()
+    if stopped or not path.exists():
+        print(f"{folder} is not {'whole' if path.exists() else 'there'}: making it, by render_shapenet.py")
+        main([])
+
+
 def main(argv=None):
     # Wrong flags are refused before anything is written.  The synset becomes part of a path
     config = parse_config(Config, argv=argv)
@@ -354,8 +363,11 @@ def main(argv=None):
     device = pick_device(config.device)
 
     # What is to be made, and where.  Each category has folders of its own, so that several fit into one --out
-    jobs, synset = shapenet_jobs(config) if config.shapenet else (procedural_jobs(config), "03261776")
-    category = CATEGORIES.get(synset, synset) if config.shapenet else set_name(config)
+    if config.shapenet:
+        jobs, synset = shapenet_jobs(config)
+        category = CATEGORIES.get(synset, synset)
+    else:
+        jobs, category = procedural_jobs(config), set_name(config)
     splits = {split: f"{category}_{split}" for split in ("train", "test")}
     folders = [Path(config.out, splits[split], name) for split, name, _ in jobs]
     train = Path(config.out, splits["train"])

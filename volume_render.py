@@ -24,8 +24,8 @@ read camera_rays, cube, composite, lookup, render; then render_views.  At first 
      render_sparse, which make empty space cheap.
 """
 # First, because it makes Ctrl-C one line, also while torch loads
-from common import (camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_figure,
-                    save_picture, to_bytes)
+from common import (DISTANCE, camera_to_world_at, command, intrinsics_at, parse_config, pick_device,
+                    save_figure, save_picture, to_bytes)
 
 import math
 import time
@@ -155,7 +155,7 @@ def render(volume, origins, directions, samples, field=voxel_field, place=None, 
 
 def cameras(angles):
     """[(azimuth, elevation)], in degrees -> camera_to_world (V,4,4), at the training cameras' distance"""
-    return torch.stack([camera_to_world_at(azimuth, elevation, 1.3) for azimuth, elevation in angles]).float()
+    return torch.stack([camera_to_world_at(*angle, DISTANCE) for angle in angles]).float()
 
 @torch.no_grad()
 def render_volumes(model, volumes, poses, K, size):
@@ -331,12 +331,14 @@ def render_sparse(volume, origins, directions, bins, samples, place, field, occu
 
     # First whole runs of bins are dropped, by a coarse grid of blocks of 2^3 cells.  No bin is longer than
     # the cube's diagonal / samples.  A run is at most two blocks (4 cells) long, so it ends at most one block
-    # from its middle.  A block counts its neighbours, so the middle alone decides for the run
-    longest = max(1, 4 / N * samples / math.sqrt(3))
-    run = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= longest)
+    # from its middle.  A block counts its neighbours, so the middle alone decides for the run.  (With so few
+    # samples that a single bin is longer, all bins are kept)
+    longest = 4 / N * samples / math.sqrt(3)
+    run = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= max(1, longest))
     middle = (torch.arange(samples // run, device=device) + 0.5) * run                      # (G,)
     middle = near[:, None] + step[:, None] * middle                                         # (BR,G)
     kept = is_in(blocks_around(occupied), owner[:, None], o[..., None] / 2, d[..., None] / 2, middle)
+    kept |= longest < 1
     ray, g = kept.nonzero().unbind(1)                                                       # (K,) runs
 
     # Then single bins of these runs are dropped, by the cells themselves
@@ -420,7 +422,7 @@ def main(argv=None):
 
     # The volume is known exactly and nothing is learned, so a wrong picture can only be the renderer's fault
     volume = headphones(config.resolution, config.sharpness).to(device)
-    pose = camera_to_world_at(config.azimuth, config.elevation, 1.3).float().to(device)
+    pose = camera_to_world_at(config.azimuth, config.elevation, DISTANCE).float().to(device)
     intrinsics = intrinsics_at(config.size).float().to(device)
     origins, directions = camera_rays(pose[None], intrinsics[None], config.size)
     occupied = occupancy(volume)
@@ -438,12 +440,11 @@ def main(argv=None):
         print(f"{name:<20} {speed:6.2f} million rays per second, {config.samples} samples each")
 
     # Pictures of the last rendering, the one that skips empty space: a hole that it leaves would show here
-    picture = lambda values: to_bytes(values.view(config.size, config.size, -1).expand(-1, -1, 3)).cpu()
-    square = lambda values: values.view(config.size, config.size)
-    pictures = {"colour": picture(rgb), "opacity": picture(alpha),
-                "depth": to_bytes(depth_picture(square(depth), square(alpha))).cpu()}
+    rgb, alpha, depth = (some.view(config.size, config.size, -1) for some in (rgb, alpha, depth))
+    pictures = {"colour": rgb, "opacity": alpha.expand(-1, -1, 3),
+                "depth": depth_picture(depth[..., 0], alpha[..., 0])}
     for name, pixels in pictures.items():
-        save_picture(f"{config.out}/{name}.png", pixels)
+        save_picture(f"{config.out}/{name}.png", to_bytes(pixels).cpu())
     print(f"wrote {', '.join(f'{config.out}/{name}.png' for name in pictures)}")
 
 

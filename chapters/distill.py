@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from autodecoder import BETAS, fast_precision, learning_rate_share, plot_log
 from chapters.families import AsVolumes, improve, record, resume, shown, smooth, write_samples, write_volumes
 from chapters.maps import PictureDenoiser, ViewReader, angle_apart, doubled, loss_of
-from common import (Run, UserError, camera_to_world_at, command, parse_config, pick_device, save_preview,
-                    save_text, to_bytes)
+from common import (DISTANCE, Run, UserError, camera_to_world_at, command, parse_config, pick_device,
+                    save_preview, save_text, to_bytes)
 from diffusion import sample
 from sample import load_models
 from shapes.packed import read_photos
@@ -82,7 +82,7 @@ def around(count, views, generator):
     """Cameras around `count` objects: a quarter turn between the four -> poses (count,views,4,4)"""
     turn = 360 * torch.rand(count, 1, generator=generator) + 360 / views * torch.arange(views)
     lift = (60 * torch.rand(count, 1, generator=generator) - 20).expand_as(turn)
-    return camera_to_world_at(turn, lift, torch.full_like(turn, 1.3))
+    return camera_to_world_at(turn, lift, torch.full_like(turn, DISTANCE))
 
 
 def imagined(network, pictures, sigma, poses, way, config, generator):

@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import CLIP, Autodecoder, fingerprint, load_autodecoder, read_log
-from common import (UserError, camera_to_world_at, command, fill, fill_optimizer, grid, load_checkpoint,
-                    parse_config, pick_device, save_checkpoint, save_picture, save_text, to_bytes)
+from common import (DISTANCE, UserError, camera_to_world_at, command, fill, fill_optimizer, grid,
+                    load_checkpoint, parse_config, pick_device, save_checkpoint, save_picture, save_text,
+                    to_bytes)
 from diffusion import Config as Stage2
 from diffusion import RobustNorm, latents_of, load_denoiser, recombined, sample
 from sample import BOX, is_run, novelty, summarise
@@ -83,7 +84,7 @@ def pictures_apart(volume, made, field, count, generator):
     draw, plain = lambda *n: torch.rand(*n, generator=generator), AsVolumes().field
     B, N = len(volume), volume.shape[-1]
     azimuth, elevation = 360 * draw(B, count), torch.asin(2 * draw(B, count) - 1).rad2deg()
-    origins = camera_to_world_at(azimuth, elevation, torch.full_like(azimuth, 1.3))[..., :3, 3]
+    origins = camera_to_world_at(azimuth, elevation, torch.full_like(azimuth, DISTANCE))[..., :3, 3]
     solid = voxel_opacity(volume, plain).cpu().flatten(1) + 1e-6
     at = torch.multinomial(solid, count, replacement=True, generator=generator)
     point = (torch.stack([at % N, at // N % N, at // N ** 2], -1) + draw(B, count, 3)) / N - 0.5     # x, y, z

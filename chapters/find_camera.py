@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from common import UserError, camera_to_world_at, command, intrinsics_at, parse_config, pick_device, save_text
+from common import (DISTANCE, UserError, camera_to_world_at, command, intrinsics_at, parse_config,
+                    pick_device, save_text)
 from sample import load_models
 from shapes.packed import read_photos
 from volume_render import cameras, occupancy, pixel_rays, psnr, render, render_volumes
@@ -90,7 +91,7 @@ def find_camera(model, denoiser, rgb, mask, around, steps=100, most=8):
             break
     n, device = len(rgb), model.shapes.device
     K, code = intrinsics_at(n).float().to(device), model.codes[whose[chosen]]
-    start = torch.cat([angles[chosen], (1.3 * sizes[chosen] / size).log()[:, None],
+    start = torch.cat([angles[chosen], (DISTANCE * sizes[chosen] / size).log()[:, None],
                        (middle - middles[chosen])], 1).to(device)                            # (B,5)
     move = torch.zeros_like(start, requires_grad=True)
     way = torch.zeros_like(code, requires_grad=True)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 import autodecoder
 from autodecoder import BETAS, Autodecoder
-from common import UserError, command, load_newest, parse_config, rank_of, save_figure, save_text
+from common import RANK, UserError, command, load_newest, parse_config, save_figure, save_text
 
 
 @dataclass
@@ -149,7 +149,7 @@ def write_costs(rows, folder):
 
 def main(argv=None):
     autodecoder.main(argv, Config, PRESETS, HashedAutodecoder)
-    if rank_of()[0]:
+    if RANK:
         return
     config = parse_config(Config, PRESETS, argv)
     names = load_newest(config.out, "names")["names"]

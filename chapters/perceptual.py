@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import autodecoder
 from autodecoder import Autodecoder, draw_batch, load_autodecoder
-from common import (UserError, command, fill, grid, load_newest, parse_config, pick_device, rank_of,
+from common import (RANK, UserError, command, fill, grid, load_newest, parse_config, pick_device,
                     save_picture, save_text, to_bytes)
 from lab.metrics import colour_residual
 from shapes.packed import read_photos
@@ -182,7 +182,7 @@ def main(argv=None):
         found = perceptual_loss(features.to(rgb.device), square(rgb), square(target))
         return config.perceptual_weight * found
     autodecoder.main(argv, Config, PRESETS, Autodecoder, draw_patches, more)
-    if rank_of()[0]:
+    if RANK:
         return
 
     # What did it buy?

@@ -14,10 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from common import camera_to_world_at, intrinsics_at, save_figure
+from common import DISTANCE, camera_to_world_at, intrinsics_at, save_figure
 from volume_render import camera_rays, render
 
-DISTANCE = 1.3                           # of all cameras
 SIDE = 16                                # pixels of the pictures that are searched by
 
 

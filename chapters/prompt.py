@@ -24,7 +24,7 @@ out  runs/prompt/                    as stage 2; asked/: sheet.png, viewer.html
 run  python -m chapters.prompt                  trains as long as stage 2; then draws sixteen prompts
      python -m chapters.prompt "navy over-ear headphones with a boom microphone" --count 4
      python -m lab.obedience                    does it obey?  Counted by another network
-read say_words, PromptDenoiser, obeyed, main; and shapes/captions.py.
+read say_words, GuidedDenoiser, PromptDenoiser, obeyed, main; and shapes/captions.py.
 """
 import sys
 from dataclasses import asdict, dataclass
@@ -63,10 +63,12 @@ FREE = (*diffusion.FREE, "prompt", "guidance", "count", "first")          # not 
 
 # ------------------------------------------------------------------------------------- from text to a vector
 
+LOUD = 4.0                        # 1 would be too quiet among 240 components of unit variance (LOG.md)
+
+
 def say_words(texts):
-    """texts -> (N,M): for each meaning 4 if one of the text's words has it, else 0"""
-    # 1 would be too quiet among 240 components of unit variance (LOG.md)
-    return torch.tensor([[4.0 * any(WORDS.get(word) == meaning for word in words_of(text))
+    """texts -> (N,M): for each meaning LOUD if one of the text's words has it, else 0"""
+    return torch.tensor([[LOUD * any(WORDS.get(word) == meaning for word in words_of(text))
                           for meaning in MEANINGS] for text in texts])
 
 
@@ -84,44 +86,31 @@ def say_minilm(texts):
 SAY = {"words": (say_words, len(MEANINGS)), "minilm": (say_minilm, 384)}
 
 
-class PromptDenoiser(Denoiser):
-    """Stage 2's, and its network also sees a vector of the caption.  0 stands for no caption."""
+class GuidedDenoiser(Denoiser):
+    """Stage 2's, and its network is also told a vector.  0 stands for nothing told.  A child says the vectors
+    in `written`, and what to do with a text in `say`."""
 
-    def __init__(self, config, model):
+    def __init__(self, config, model, width):
         super().__init__(config, model)
-        self.say, said = SAY[config.encoder]
-        self.asked, self.guidance = torch.zeros(1, said, device="cpu"), config.guidance
-        self.network = MLP(len(self.deviation) + said, self.mean.numel(), config)
+        self.asked, self.guidance = torch.zeros(1, width, device="cpu"), config.guidance
+        self.network = MLP(len(self.deviation) + width, self.mean.numel(), config)
 
     def fit(self, codes, own, generator):
         # The parents of the recombined codes: the same draw once more, by the same seed
         model, N = self.model[0], len(own)
         again = torch.Generator().manual_seed(self.config.seed)
         whose, share, colours = draw_parents(model, len(codes) - N, again, self.config)
-        factors = factors_of(model.config.data, load_autodecoder(self.config.autodecoder)[1])
-        if not factors:
-            raise UserError(f"{self.config.autodecoder} was trained on objects without a catalogue: captions "
-                            "need factors.json as render_shapenet.py writes it for our earphones")
         # A parent of a very small weight has no say
         shapes = [{o} for o in range(N)] + [{o for o, w in zip(*pair) if abs(w) > 0.1}
                                             for pair in zip(whose.tolist(), share.tolist())]
-        texts = [caption([factors[o] for o in some], factors[a], generator)
-                 for some, a in zip(shapes, [*range(N), *colours.tolist()])
-                 for _ in range(self.config.captions)]
-        every, which = np.unique(texts, return_inverse=True)           # few captions differ: say each once
-        self.captions = self.say(every)[torch.from_numpy(which)].view(len(codes), self.config.captions, -1)
+        self.captions = self.written(shapes, [*range(N), *colours.tolist()], generator)
         return super().fit(codes, own, generator)
 
     def told(self, item, generator):
-        """A caption of each of these codes, or none -> (B,M)"""
-        one = torch.randint(self.config.captions, (len(item),), generator=generator)
+        """What the network hears of each of these codes, or nothing -> (B,M)"""
+        one = torch.randint(self.captions.shape[1], (len(item),), generator=generator)
         heard = torch.rand(len(item), 1, generator=generator) >= self.config.silent
         return ((self.captions[item.cpu(), one] * heard).to(item.device),)
-
-    def error(self, guess, codes, z):
-        # Stage 2 counts components by their variance, and colours are a small part of a latent's.  A caption
-        # names colours as often as shapes, so here components count by their deviation
-        return super().error(guess, codes, z) * (self.deviation.mean() / self.deviation).sqrt()
 
     def guess(self, x, sigma, *told):
         if told:                                                       # training
@@ -129,6 +118,31 @@ class PromptDenoiser(Denoiser):
         asked = self.asked.to(x.device).expand(len(x), -1)
         plain = super().guess(x, sigma, torch.zeros_like(asked))
         return plain + self.guidance * (super().guess(x, sigma, asked) - plain)
+
+
+class PromptDenoiser(GuidedDenoiser):
+    """It is told a vector of the caption."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model, SAY[config.encoder][1])
+        self.say = SAY[config.encoder][0]
+
+    def written(self, shapes, colours, generator):
+        """Objects of the shape (P sets) and of the colours (P) -> vectors of captions (P,captions,M)"""
+        folder = self.model[0].config.data
+        factors = factors_of(folder, load_autodecoder(self.config.autodecoder)[1])
+        if not factors:
+            raise UserError(f"{self.config.autodecoder} was trained on objects without a catalogue: captions "
+                            "need factors.json as render_shapenet.py writes it for our earphones")
+        texts = [caption([factors[o] for o in some], factors[a], generator)
+                 for some, a in zip(shapes, colours) for _ in range(self.config.captions)]
+        every, which = np.unique(texts, return_inverse=True)           # few captions differ: say each once
+        return self.say(every)[torch.from_numpy(which)].view(len(shapes), self.config.captions, -1)
+
+    def error(self, guess, codes, z):
+        # Stage 2 counts components by their variance, and colours are a small part of a latent's.  A caption
+        # names colours as often as shapes, so here components count by their deviation
+        return super().error(guess, codes, z) * (self.deviation.mean() / self.deviation).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -139,6 +153,14 @@ SIXTEEN = ("navy over-ear headphones with a boom microphone", "rose on-ear headp
            "a blue gaming headset", "beige headphones with a padded band", "jet neckband, round",
            "silver drop buds", "white headphones", "round earphones", "grey supra-aural headset",
            "navy oval buds")
+
+
+def train_once(argv, config, *stage):
+    """Stage 2's loop, unless the run is there and done.  It refuses, if the run's knobs are others"""
+    state, wanted = load_newest(config.out, "step", "config"), asdict(config)
+    same = state and all(state["config"].get(key) == wanted[key] for key in wanted if key not in stage[-1])
+    if config.fresh or not same or state["step"] < config.steps:
+        diffusion.main(argv, *stage)
 
 
 @torch.no_grad()
@@ -183,10 +205,7 @@ def main(argv=None):
     texts = [config.prompt] if config.prompt else SIXTEEN
     for text in texts if config.encoder == "words" else ():
         understood(text)
-    state, wanted = load_newest(config.out, "step", "config"), asdict(config)
-    same = state and all(state["config"].get(name) == wanted[name] for name in wanted if name not in FREE)
-    if config.fresh or not same or state["step"] < config.steps:      # it refuses, if the knobs are others
-        diffusion.main(argv, Config, PRESETS, PromptDenoiser, FREE)
+    train_once(argv, config, Config, PRESETS, PromptDenoiser, FREE)
     device, out = pick_device(config.device), Path(config.out, "asked")
     model, names, denoiser = load_denoiser(config.out, device, "", Config, PromptDenoiser)
     denoiser.guidance, factors = config.guidance, factors_of(model.config.data, names)

@@ -27,8 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import fingerprint, fit_codes
-from common import (UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint, save_checkpoint,
-                    to_bytes)
+from common import (DISTANCE, UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint,
+                    save_checkpoint, to_bytes)
 from render_shapenet import no_ctrl_c, worker_setup
 from shapes import earphones
 from shapes.meshes import load_obj
@@ -93,7 +93,7 @@ def see_object(split, index, seed, views, points):
         mesh, _ = to_world(load_obj(Path(folder, "models/model_normalized.obj")))
     K, seen = intrinsics_at(PIXELS), []
     for azimuth, elevation in AROUND if points else AROUND[:views]:
-        seen.append(rasterize(mesh, camera_to_world_at(azimuth, elevation, 1.3), K, PIXELS, 2))
+        seen.append(rasterize(mesh, camera_to_world_at(azimuth, elevation, DISTANCE), K, PIXELS, 2))
     rgb, coverage, depth = (torch.stack(some) for some in zip(*seen))
     hit = depth.isfinite().flatten(1)
     one = {"rgb": to_bytes(rgb[:views]), "mask": to_bytes(coverage[:views]),

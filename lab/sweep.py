@@ -2,7 +2,8 @@
 Many small runs: what does each choice change?  Every run is stages 1 and 2 at a size that two cores do in
 minutes, and evaluate.py's numbers; a figure and a table are made of what is done.
 
-    objects         8, 32, 72, 256 training objects: when does it stop copying?
+    objects         72, 256, 1,024 training objects, at equal quality of stage 1, and nothing recombined: does
+                    the plain method stop copying, and make what is new?
     latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
     mix             the share of mixtures in a batch: 0, 0.25, 0.5 (which all other sweeps have), 1
 
@@ -31,7 +32,7 @@ from lab import evaluate
 class Config:
     out: str = "runs/sweep"              # folder for all runs
     hours: float = 8.0                   # begin no run after so many
-    data: str = "data_large"             # folder of photos, of 256 objects; made if it is not there
+    data: str = "data_large"             # folder of photos; made if it is not there
     steps1: int = 1500                   # of stage 1 (at least 1)
     steps2: int = 3000                   # of stage 2 (at least 1)
     count: int = 128                     # samples, and fresh objects (at least 4)
@@ -45,7 +46,8 @@ class Config:
 
 # For each choice a label, stage 1's flags and stage 2's
 SWEEPS = {
-    "objects": [(str(n), {} if n == 72 else dict(objects=n), {}) for n in (8, 32, 72, 256)],
+    "objects": [(f"{n:,}", dict(objects=n, steps=steps), dict(mix=0.0))
+                for n, steps in ((72, 1800), (256, 3500), (1024, 8000))],
     "latent": [("4", dict(latent_resolution=4, channels=(64, 64, 32)), {}), ("8", {}, {}),
                ("16", dict(latent_resolution=16, channels=(32,)), {})],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],
@@ -70,7 +72,7 @@ def one_run(config, first, second, seed):
         common = dict(device=config.device, preset=config.stages)
         if not (stage1 / "table.txt").exists():
             autodecoder.main(arguments(**common, data=f"{config.data}/earphones_train", out=stage1,
-                                       steps=config.steps1, **({"objects": 72} | first)))
+                                       **({"objects": 72, "steps": config.steps1} | first)))
         if not (stage2 / "curve.png").exists():
             second = {"mix": 0.5} | second                     # where few steps still show what copies
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
@@ -103,9 +105,9 @@ def main(argv=None):
     recipe = ("data", "steps1", "steps2", "count", "points", "fits", "stages")
     run = Run(config.out, "sweep", config, recipe, "sweep.json", stale=())
     run.lock.close()                     # two sweeps may share a folder: each of their runs has its own lock
-    if not Path(config.data).exists():
-        print(f"{config.data} is not there: making 256 objects first")
-        render_shapenet.main(arguments(out=config.data, objects=256, test_objects=0))
+    if config.data == Config.data or not Path(config.data).exists():    # those there are kept
+        most = max(first.get("objects", 72) for _, first, _ in SWEEPS[name])
+        render_shapenet.main(arguments(out=config.data, objects=most, test_objects=0))
     began, rows = time.time(), []
     for seed in range(config.seeds):
         for label, first, second in SWEEPS[name]:

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Run, camera_to_world_at, command, grid, intrinsics_at, parse_config, save_picture
+from common import (DISTANCE, Run, camera_to_world_at, command, grid, intrinsics_at, parse_config,
+                    save_picture)
 from shapes import earphones
 from shapes.meshes import load_obj
 from shapes.photos import atomic_folder, load_photos, write_intrinsics, write_view
@@ -140,7 +141,7 @@ def film(index, config, folder):
     for number, now in enumerate(moved):
         T = torch.from_numpy(now)[label]                                                          # (N,4,4)
         at = (T[:, :3, :3] @ mesh.vertices[..., None])[..., 0] + T[:, :3, 3]
-        pose = camera_to_world_at(azimuth[number], elevation[number], 1.3)
+        pose = camera_to_world_at(azimuth[number], elevation[number], DISTANCE)
         rgb, coverage, _ = rasterize(replace(mesh, vertices=at), pose, K, config.size, 4)
         write_view(folder, number, rgb, coverage, pose)
         which, coverage, _ = rasterize(replace(flat, vertices=at), pose, K, config.size)

@@ -222,6 +222,34 @@ def test_a_signal_saves_and_says_how_to_go_on(data, tmp_path):
     assert weights(tmp_path / "run")[0] > 4
 
 
+def test_photos_of_a_stopped_stage_0_are_completed_first(tmp_path, monkeypatch):
+    made, data = [], tmp_path / "earphones_train"
+    monkeypatch.setattr(stage.render_shapenet, "main", made.append)
+    for path, calls in ((None, 1), (data, 1), (tmp_path / "earphones.json", 2), (data.with_suffix(".png"), 2)):
+        # Nothing; a folder copied from elsewhere; one that was begun here; one that is complete
+        if path:
+            path.mkdir() if path == data else path.touch()
+        stage.render_shapenet.make_missing(data)
+        assert len(made) == calls
+    monkeypatch.setattr(stage.Config, "data", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        stage.main([*SMOKE, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")])
+    assert len(made) == 3
+    with pytest.raises(UserError, match="elsewhere"):                # photos of one's own are never made
+        stage.main([*SMOKE, "--data", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "run")])
+    assert len(made) == 3
+
+
+def test_what_ends_a_run_stands_below_its_progress_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage.Run, "save", lambda *_: None)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with pytest.raises(UserError, match="stopped by"), stage.Run(tmp_path, "x", stage.Config(), ()) as run:
+        run.log(1, 5, loss=1.0)
+        run.stopping = "SIGINT"
+        run.stop_if_asked(1)
+    assert capsys.readouterr().out.endswith("\n")
+
+
 def test_nan_steps_are_left_out_and_three_in_a_row_stop(data, tmp_path, monkeypatch, capsys):
     real, count = stage.reconstruction_loss, [0]
 

@@ -146,7 +146,7 @@ def test_axes_are_z_y_x():
     assert abs(columns.float().mean() - 15.5) < 0.6
 
 
-@pytest.mark.parametrize("samples, generator", [(64, None), (48, 5), (37, None), (6, 6)])
+@pytest.mark.parametrize("samples, generator", [(64, None), (48, 5), (37, None), (6, 6), (4, 3), (2, 1)])
 def test_skipping_empty_space_changes_nothing(samples, generator):
     example = v.headphones(32, 2000.0)
     volumes = torch.cat([example, example.flip(2), torch.full((1, 4, 32, 32, 32), -30.0)])
@@ -159,7 +159,7 @@ def test_skipping_empty_space_changes_nothing(samples, generator):
         rgb, alpha, depth = v.render(volumes, origins, directions, samples, place=place, occupied=occupied)
         results.append((rgb, alpha, torch.autograd.grad((rgb * rgb).sum() + alpha.sum(), volumes)[0]))
     (rgb, alpha, gradient), (rgb2, alpha2, gradient2) = results
-    assert (rgb - rgb2).square().mean() < 1e-6 and (alpha - alpha2).abs().max() < 0.01           # 60 dB
+    assert (rgb - rgb2).square().mean() < 1e-8 and (alpha - alpha2).abs().max() < 1e-3           # 80 dB
     assert torch.cosine_similarity(gradient.flatten(), gradient2.flatten(), dim=0) > 0.9999
     assert (rgb2[2] == 1).all()                                                         # nothing there at all
 
