@@ -50,7 +50,7 @@ from shapes.rasterizer import pytorch3d, rasterize, to_world
 @dataclass
 class Config:
     out: str = "data"              # folder for the photos
-    category: tuple = ("earphones",)  # earphones | chairs | tables | lamps | mugs: what is made; or several
+    category: tuple = ("earphones",)  # earphones | chairs | tables | lamps | mugs | all: or several
     shapenet: str = ""             # ShapeNetCore's root, release or synset folder; empty: our own models
     synset: str = "03261776"       # ShapeNet's category: 03261776 earphones, 03001627 chairs, 02958343 cars
     holdout: int = 0               # ShapeNet models that go to _test, which no training sees
@@ -74,6 +74,7 @@ class Config:
 RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample", "max_elevation", "thin",
           "renderer", "seed")
 FREE = ("out", "workers", "device", "fresh", "transforms")
+ALL = ("earphones", *household.STYLES)              # what --category all stands for
 CATEGORIES = {"03261776": "earphones", "03001627": "chairs", "02958343": "cars"}       # their folders' names
 
 
@@ -174,7 +175,9 @@ def procedural_jobs(config):
 
 def set_name(config):
     """Of a set of procedural objects.  ShapeNet's chairs may stand beside ours"""
-    return "earphones" if list(config.category) == ["earphones"] else f"our-{'-'.join(config.category)}"
+    if list(config.category) == ["earphones"]:
+        return "earphones"
+    return "our-all" if set(config.category) == set(ALL) else f"our-{'-'.join(config.category)}"
 
 
 def models_folder(config):
@@ -352,6 +355,8 @@ def main(argv=None):
     config = parse_config(Config, argv=argv)
     if config.holdout and not config.shapenet:
         raise UserError("--holdout keeps ShapeNet's models aside: it goes with --shapenet")
+    if "all" in config.category:
+        config.category = ALL
     if len(set(config.category)) < len(config.category):
         raise UserError("--category: each once")
     if config.shapenet and list(config.category) != ["earphones"]:

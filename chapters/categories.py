@@ -14,8 +14,8 @@ these are of the same category nearly always.  The few mixtures across two categ
 
 in   runs/categories/last.pt         stage 1, trained on all categories: the first two commands below
 out  runs/categories_diffusion/      as stage 2; drawn/: sheet.png, viewer.html
-run  python render_shapenet.py --category earphones chairs tables lamps mugs
-     python autodecoder.py --data data/our-earphones-chairs-tables-lamps-mugs_train --out runs/categories
+run  python render_shapenet.py --category all
+     python autodecoder.py --data data/our-all_train --out runs/categories
      python -m chapters.categories                  trains as long as stage 2; then draws each category
      python -m chapters.categories mugs --count 16
      python -m lab.categories                       does it obey?  Counted by another network
@@ -33,15 +33,13 @@ from autodecoder import load_autodecoder
 from chapters.prompt import LOUD, GuidedDenoiser, asked, page, train_once
 from common import UserError, command, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of, load_denoiser
+from render_shapenet import ALL as CATEGORIES
 from sample import is_run
 from shapes.earphones import KINDS
 from shapes.household import STYLES
 from shapes.photos import kinds_of
 from viewer.page import write_gallery
 from volume_render import ANGLES, SIZE, cameras, render_views
-
-CATEGORIES = ("earphones", *STYLES)
-
 
 @dataclass
 class Config(diffusion.Config):

@@ -321,14 +321,24 @@ def test_a_worker_whose_disk_is_full_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_lines_of_a_log_that_are_no_rows_are_passed_over(tmp_path):
-    log = tmp_path / "log.jsonl"
-    assert math.isnan(sweep.held_out_psnr(tmp_path))
+    log, read = tmp_path / "log.jsonl", lambda: autodecoder.read_log(tmp_path)
+    assert not read()
     log.write_bytes(b'{"step": 1, "heldout": 20.5}\nnull\n[3]\n\xff\0\n{"heldout": {}}\n{"step": 2}\n{"hel')
-    assert sweep.held_out_psnr(tmp_path) == 20.5
+    assert read() == [{"step": 1, "heldout": 20.5}, {"step": 2}]
     log.write_bytes(b"[" * 100_000)
-    assert math.isnan(sweep.held_out_psnr(tmp_path))
+    assert not read()
     log.unlink()
     os.mkfifo(log)                                                       # which would never end
+    assert not read()
+
+
+def test_the_held_out_number_is_that_of_the_closing_table(tmp_path):
+    assert math.isnan(sweep.held_out_psnr(tmp_path))
+    (tmp_path / "table.txt").write_text(
+        "PSNR, dB: full / foreground   ours  all white\nbuds  9 objects   28.76 / 21.20   12.86 /  3.81\n"
+        "all              256 objects   27.95 / 21.32   11.78 /  3.59                0.0000\n")
+    assert sweep.held_out_psnr(tmp_path) == 27.95
+    (tmp_path / "table.txt").write_bytes(b"\xff\0all 3 objects")
     assert math.isnan(sweep.held_out_psnr(tmp_path))
 
 

@@ -76,5 +76,10 @@ def test_several_categories_stand_in_one_folder(tmp_path, capsys):
         with pytest.raises(UserError) as error:
             stage.main([*flags, "--category", *wrong])
         assert said in str(error.value)
+    # All of them have a short name
+    everything = stage.Config(category=tuple(reversed(stage.ALL)))
+    assert stage.set_name(everything) == "our-all" and len(stage.ALL) == 5
+    stage.main([*flags[:2], "--objects", "1", "--test_objects", "0", *flags[6:], "--category", "all"])
+    assert len(load_photos(tmp_path / "our-all_train", 32)[-1]) == 5
     with pytest.raises(UserError, match="chosen by --synset"):
         stage.main([*flags, "--category", "mugs", "--shapenet", str(tmp_path)])

@@ -33,6 +33,8 @@ SMALL = {                                      # what makes each small; of a fla
     "chapters.find_camera": "--preset smoke --device cpu ",
     "chapters.prompt": STAGE + "--preview_every 4 --save_every 4 --count 1 ",
     "lab.obedience": "--preset smoke --device cpu ",
+    "chapters.categories": STAGE + "--preview_every 4 --save_every 4 --count 1 ",
+    "lab.categories": "--preset smoke --device cpu ",
     "chapters.analytic": "--preset smoke --device cpu ",
     "chapters.gaudi": STAGE + "--preview_every 4 --save_every 4 ",
     "chapters.gan3d": "--preset smoke --device cpu ",
