@@ -217,8 +217,8 @@ def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=
     model, names = load_autodecoder(first, device)
     # A latent means nothing to another decoder, so both halves must be of one training
     if fingerprint(model) != state["autodecoder"]:
-        raise UserError(f"{folder} was trained on another autodecoder than {first} is now. "
-                        f"Run: python diffusion.py --autodecoder {first} --out {folder} --fresh")
+        raise UserError(f"{folder} was trained on another autodecoder than {first} is now: train it again, "
+                        f"by its script with --autodecoder {first} --out {folder} --fresh")
     with torch.device("meta"):
         denoiser = Denoiser(config, model)
     return model, names, fill(denoiser, state["denoiser"], folder).to(device).eval().requires_grad_(False)

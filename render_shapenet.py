@@ -33,7 +33,7 @@ import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -342,9 +342,12 @@ def contact_sheet(folder, path, most=72):
 def make_missing(folder):
     """What stage 1 calls first: the photos of this stage's default, if they are not there, or not all"""
     # The recipe is written first and the picture of all objects last, so a picture that is missing tells of a
-    # run that was stopped.  (A folder without a recipe was copied from elsewhere, and is taken as it is)
-    path = Path(folder)
-    stopped = path.with_name("earphones.json").exists() and not path.with_suffix(".png").exists()
+    # run that was stopped.  (A folder without our recipe is somebody's own, and is taken as it is)
+    path, ours = Path(folder), {"stage": "render_shapenet"} | {key: getattr(Config, key) for key in RECIPE}
+    stopped = False
+    if not path.with_suffix(".png").exists() and os.access(path.parent, os.W_OK):
+        with suppress(OSError, ValueError, RecursionError):
+            stopped = json.loads(path.with_name("earphones.json").read_text()) == ours
     if stopped or not path.exists():
         print(f"{folder} is not {'whole' if path.exists() else 'there'}: making it, by render_shapenet.py")
         main([])
@@ -394,6 +397,8 @@ def main(argv=None):
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} objects are in {config.out} already: "
                   "going on with the rest")
+        if todo:                                               # where it is missing, this is not finished
+            train.with_suffix(".png").unlink(missing_ok=True)
 
         # Objects arrive as the workers finish them, in any order.  A stop is looked for between two objects
         for name, remarks, failure in render_all(todo, config, device):

@@ -92,16 +92,23 @@ def main(argv=None):
     model, names, denoiser = load_denoiser(config.diffusion, device, config.autodecoder, categories.Config,
                                            categories.CategoryDenoiser)
     of, folder = categories_of(model.config.data, names), unseen_photos(config, model)
-    if not folder.is_dir():
-        raise UserError(f"the reader learns from photos of unseen objects, and {folder} is not there")
+    if not folder.is_dir() or folder.resolve() == Path(model.config.data).resolve():
+        raise UserError(f"the reader learns from photos of unseen objects, and {folder} has none: name a "
+                        "folder by --data")
     run, out = Run(config.out, "categories", config, (), "categories.json", stale=()), Path(config.out)
 
     # The reader: two of three unseen objects teach it, the third ones measure it
     photos = read_photos(folder, PIXELS, 0)
     labels = torch.tensor([CATEGORIES.index(one) for one in categories_of(folder, photos.names)])
-    every = torch.arange(len(labels))
-    reader = teach(photos, labels, every[every % 3 > 0], config, run)
-    held, training = every[::3], latents_of(model, model.codes)
+    every, asked_for = torch.arange(len(labels)), [one for one in CATEGORIES if of.count(one) > 1]
+    learnt, held = every[every % 3 > 0], every[::3]
+    for one in asked_for:
+        if not all((labels[some] == CATEGORIES.index(one)).any() for some in (learnt, held)):
+            raise UserError(f"{folder} holds too few {one}: some to learn from, some to measure by")
+    if not asked_for or photos.rgb.shape[1] < 4:
+        raise UserError("wanted: two training objects of a category, four photos of each unseen object")
+    reader = teach(photos, labels, learnt, config, run)
+    training = latents_of(model, model.codes)
     known = see_volumes(model, training, config)
     true = torch.tensor([CATEGORIES.index(one) for one in of])
     right = lambda rgb, wanted: (read_as(reader, rgb) == wanted).double().mean().item()
@@ -120,11 +127,10 @@ def main(argv=None):
         if wanted in of:
             alike = known["points"][torch.tensor([one == wanted for one in of])]
             row = {"as asked": (seen == CATEGORIES.index(wanted)).double().mean().item(),
-                   "variety": spread(some["points"]) / max(spread(alike), 1e-9), **row}
+                   "variety": spread(some["points"]) / spread(alike) if spread(alike) > 1e-6 else None, **row}
         run.say(f"{wanted}, guidance {denoiser.guidance:g}: {row}")
         return row, seen
 
-    asked_for = [one for one in CATEGORIES if of.count(one) > 1]
     denoiser.guidance = categories.Config.guidance
     for one in asked_for:
         rows[one] = judged(one, config.count)[0]
@@ -136,7 +142,7 @@ def main(argv=None):
     few, curve = max(2, config.count // 4), []
     for denoiser.guidance in config.weights:
         some = [judged(one, few)[0] for one in asked_for]
-        curve.append([sum(row[key] for row in some) / len(some) for key in ("as asked", "variety")])
+        curve.append([sum(row[key] or 0 for row in some) / len(some) for key in ("as asked", "variety")])
         rows[f"guidance {denoiser.guidance:g}"] = dict(zip(("as asked", "variety"), curve[-1]))
 
     columns = "as asked", "variety", "copies", "in pieces"

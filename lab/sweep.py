@@ -27,6 +27,7 @@ import diffusion
 import render_shapenet
 from common import Run, UserError, command, parse_config, save_figure, save_text
 from lab import evaluate
+from shapes.photos import objects_in
 
 
 @dataclass
@@ -63,7 +64,7 @@ def arguments(**flags):
     return [word for name, value in flags.items() for word in (f"--{name}", *map(str, listed(value)))]
 
 
-def one_run(config, first, second, seed):
+def one_run(config, first, second, seed, begun=lambda: None):
     """-> the row of this choice: evaluate.py's numbers of our samples, and stage 1's PSNR"""
     key = lambda flags: "_".join(f"{field}={value}" for field, value in flags.items()) or "default"
     stage1 = Path(config.out, "stage1", key(first))
@@ -74,6 +75,7 @@ def one_run(config, first, second, seed):
         if not (stage1 / "table.txt").exists():
             autodecoder.main(arguments(**common, data=f"{config.data}/earphones_train", out=stage1,
                                        **({"objects": 72, "steps": config.steps1} | first)))
+        begun()
         if not (stage2 / "curve.png").exists():
             second = {"mix": 0.5} | second                     # where few steps still show what copies
             diffusion.main(arguments(**common, autodecoder=stage1, out=stage2, steps=config.steps2, seed=seed,
@@ -84,8 +86,8 @@ def one_run(config, first, second, seed):
     # What a kill cut off, or somebody else wrote, is not a run's row
     try:
         row = json.loads(tables.read_text())["rows"]["ours"]
-        if not all(len(value) == 2 for value in row.values()):
-            raise ValueError("its numbers are no pairs")
+        if not all(math.isfinite(one) and math.isfinite(deviation or 0) for one, deviation in row.values()):
+            raise ValueError("its numbers are no numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{tables} cannot be read ({error!r}): delete it and run this again")
     return {"PSNR": held_out_psnr(stage1), **row}
@@ -109,18 +111,22 @@ def main(argv=None):
     recipe = ("data", "steps1", "steps2", "count", "points", "fits", "stages")
     run = Run(config.out, "sweep", config, recipe, "sweep.json", stale=())
     run.lock.close()                     # two sweeps may share a folder: each of their runs has its own lock
+
+    def begun():                         # writes the recipe, now that no stage has refused a flag of it
+        with run:
+            pass
+    most = max(first.get("objects", 0) for _, first, _ in SWEEPS[name])
     if config.data == Config.data or not Path(config.data).exists():    # those there are kept
-        most = max(first.get("objects", 72) for _, first, _ in SWEEPS[name])
-        render_shapenet.main(arguments(out=config.data, objects=most, test_objects=0))
+        render_shapenet.main(arguments(out=config.data, objects=max(most, 72), test_objects=0))
+    if most and len(objects_in(Path(config.data, "earphones_train"), 64)) < most:
+        raise UserError(f"{config.data} holds fewer than the {most} objects of this sweep")
     began, rows = time.time(), []
     for seed in range(config.seeds):
         for label, first, second in SWEEPS[name]:
             if time.time() - began > 3600 * config.hours:
                 raise UserError(f"--hours {config.hours:g} are over, {len(rows)} runs done: "
                                 "the same command goes on")
-            rows.append((label, one_run(config, first, second, seed)))
-            with run:                    # writes the recipe, now that no stage has refused a flag of it
-                pass
+            rows.append((label, one_run(config, first, second, seed, begun)))
             report(Path(config.out, name), name, rows)
 
 

@@ -225,10 +225,14 @@ def test_a_signal_saves_and_says_how_to_go_on(data, tmp_path):
 def test_photos_of_a_stopped_stage_0_are_completed_first(tmp_path, monkeypatch):
     made, data = [], tmp_path / "earphones_train"
     monkeypatch.setattr(stage.render_shapenet, "main", made.append)
-    for path, calls in ((None, 1), (data, 1), (tmp_path / "earphones.json", 2), (data.with_suffix(".png"), 2)):
-        # Nothing; a folder copied from elsewhere; one that was begun here; one that is complete
-        if path:
-            path.mkdir() if path == data else path.touch()
+    config = stage.render_shapenet.Config()
+    ours = {"stage": "render_shapenet"} | {key: getattr(config, key) for key in stage.render_shapenet.RECIPE}
+    recipe, picture = tmp_path / "earphones.json", data.with_suffix(".png")
+    # Nothing; a folder copied from elsewhere; one of the user's own; one that was begun here; a complete one
+    for prepare, calls in ((lambda: None, 1), (data.mkdir, 1),
+                           (lambda: recipe.write_text(json.dumps(ours | {"views": 2})), 1),
+                           (lambda: recipe.write_text(json.dumps(ours)), 2), (picture.touch, 2)):
+        prepare()
         stage.render_shapenet.make_missing(data)
         assert len(made) == calls
     monkeypatch.setattr(stage.Config, "data", str(tmp_path / "nowhere"))

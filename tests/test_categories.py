@@ -90,13 +90,17 @@ def test_other_objects_have_no_category(tmp_path):
 
 
 def test_obedience_is_counted(several, drawn, tmp_path, capsys):
+    (several / "few").mkdir()
+    (several / "few/mugs_test_00000").symlink_to(several / "our-mugs-lamps_test/mugs_test_00000")
     flags = [*SMOKE, "--diffusion", str(drawn[0]), "--out", str(tmp_path)]
     lab.main(flags)
     rows = json.loads((tmp_path / "tables.json").read_text())["rows"]
     assert {"mugs", "lamps", "told nothing", "guidance 1"} < rows.keys() and "earphones" not in rows
     assert 0 <= rows["mugs"]["as asked"] <= 1 and (tmp_path / "figure.png").exists()
-    with pytest.raises(UserError, match="photos of unseen objects"):
-        lab.main([*flags, "--data", str(tmp_path / "nowhere")])
+    for folder, said in (("nowhere", "of unseen objects"), ("our-mugs-lamps_train", "of unseen objects"),
+                         ("few", "few holds too few lamps")):
+        with pytest.raises(UserError, match=said):
+            lab.main([*flags, "--data", str(several / folder)])
     # A reader that has learned tells them apart, on objects that it has not seen
     photos = lab.read_photos(several / "our-mugs-lamps_test", 64, 0)
     labels = torch.tensor([categories.CATEGORIES.index(name.split("_")[0]) for name in photos.names])

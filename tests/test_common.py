@@ -152,6 +152,14 @@ def test_device():
     assert common.pick_device("cpu").type == "cpu"
 
 
+@pytest.mark.parametrize("script", ["autodecoder.py", "diffusion.py", "sample.py", "render_shapenet.py",
+                                    "volume_render.py", "chapters/__init__.py", "lab/__init__.py",
+                                    "viewer/__init__.py"])
+def test_common_is_imported_first_because_torch_takes_seconds(script):
+    found = re.search(r"^(?:from|import) (\w+)", (ROOT / script).read_text(), re.M)
+    assert found[1] == "common"
+
+
 def test_ctrl_c_is_one_line_and_a_closed_pipe_none(tmp_path):
     def run(body, shell=""):
         line = f"{sys.executable} -c 'import common; common.command(lambda: {body})'{shell}"

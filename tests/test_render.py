@@ -300,6 +300,7 @@ def test_reruns_are_byte_identical_and_resume_by_object(photos, tmp_path, capsys
 def test_ctrl_c_stops_between_objects_and_the_same_command_goes_on(photos, tmp_path):
     command = [sys.executable, "render_shapenet.py", "--out", str(tmp_path), *TINY,
                "--objects", "400", "--workers", "2"]
+    (tmp_path / "earphones_train.png").touch()                      # that of an earlier run
     process = subprocess.Popen(command, cwd=HERE.parent, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (tmp_path / "earphones_train/train_00001").is_dir() and process.poll() is None:
@@ -310,6 +311,7 @@ def test_ctrl_c_stops_between_objects_and_the_same_command_goes_on(photos, tmp_p
     assert "stopped by SIGINT" in message and "the same command goes on" in message
     names = load_photos(tmp_path / "earphones_train", 32)[-1]
     assert 2 <= len(names) < 400
+    assert not (tmp_path / "earphones_train.png").exists()       # by which stage 1 sees that it was stopped
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
