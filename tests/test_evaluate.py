@@ -342,7 +342,8 @@ def test_the_held_out_number_is_that_of_the_closing_table(tmp_path):
     assert math.isnan(sweep.held_out_psnr(tmp_path))
 
 
-@pytest.mark.parametrize("content", ['{"rows": {"ou', "[]", '{"rows": {}}', '{"rows": {"ours": {"d1": 3}}}'])
+@pytest.mark.parametrize("content", ['{"rows": {"ou', "[]", '{"rows": {}}', '{"rows": {"ours": {"d1": 3}}}',
+                                     '{"rows": {"ours": {"copies": [null, null]}}}', '{"rows": {"ours": "ab"}}'])
 def test_tables_that_are_cut_are_one_sentence(tmp_path, content):
     config = sweep.Config(out=str(tmp_path))
     folder = tmp_path / "stage2/default+mix=0.0+0/evaluate"
@@ -379,6 +380,8 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="--count 2: at least 4"):
         sweep.main([*flags, "--count", "2"])
     (tmp_path / "empty/earphones_train").mkdir(parents=True)
+    with pytest.raises(UserError, match="fewer than the 1024 objects"):
+        sweep.main(["objects", *flags[1:], "--out", str(tmp_path / "many")])
     with pytest.raises(UserError, match="holds no photos"):                 # and the folder is not remembered
         sweep.main([*flags, "--data", str(tmp_path / "empty")])
     sweep.main(flags)
