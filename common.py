@@ -68,7 +68,7 @@ def parse_config(Config, presets=None, argv=None):
     # One flag for each field.  SUPPRESS: a default that argparse filled in would overwrite the preset's value
     for field in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        if field.type is tuple:                                   # several numbers: --channels 64 32
+        if field.type is tuple:          # several numbers, as --channels 64 32, of the first one's type
             kind = {"type": type((*field.default, 0)[0]), "nargs": "+"}
         default = "" if field.default in ("", ()) else f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
