@@ -100,9 +100,10 @@ def load_models(config, device):
         raise UserError(f"{folder}/last.pt is not there: is --diffusion right?  Otherwise run: "
                         "python autodecoder.py, then python diffusion.py")
 
-    # The box is no run: its autodecoder lies beside its denoiser, wherever it was trained
-    boxed = folder.resolve() == (BOX / "diffusion").resolve()
-    found = load_denoiser(folder, device, config.autodecoder or (BOX / "autodecoder" if boxed else ""))
+    # A box is no run: its autodecoder lies beside its denoiser, wherever it was trained
+    boxed = BOX.resolve() in folder.resolve().parents
+    beside = folder.parent / "autodecoder" if boxed else ""
+    found = load_denoiser(folder, device, config.autodecoder or beside)
     print(f"sampling from {folder}/last.pt")
     return found
 

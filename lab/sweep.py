@@ -54,9 +54,9 @@ SWEEPS = {
                ("16", dict(latent_resolution=16, channels=(32,)), {})],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],
 }
-COLUMNS = ("1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
+COLUMNS = ("1-NNA, decoded", "1-NNA", "COV", "to photos", "to reconstructions", "copies", "copies, shapes",
            "Z_U", "Z_U, shapes", "in other cells")
-PLOTTED = ("copies", "Z_U", "Z_U, shapes", "1-NNA", "to photos")
+PLOTTED = ("1-NNA, decoded", "COV", "Z_U", "Z_U, shapes", "to photos")
 
 
 def arguments(**flags):

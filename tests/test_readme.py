@@ -82,6 +82,7 @@ def made(tmp_path_factory):
     render_shapenet.main([*shlex.split(SMALL["render_shapenet"] + OWN), "--out", str(folder / "made")])
     photo = next((folder / "made/earphones_train").glob("*/rgb/000000.png"))
     shutil.copy(photo, folder / "my.png")
+    (folder / "pretrained").symlink_to(ROOT / "pretrained")
     for place in (home / "cars_train", home / "cars_val", folder / "my_photos"):    # SRN's: without masks
         shutil.copytree(folder / "made/earphones_train", place, ignore=shutil.ignore_patterns("mask"))
     return folder
