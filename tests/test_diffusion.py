@@ -455,7 +455,7 @@ def test_another_autodecoder_is_told_apart(data, trained, diffused, tmp_path):
     train_autodecoder(data, tmp_path / "auto", "--seed", "5")
     command = ["--diffusion", str(diffused), "--autodecoder", str(tmp_path / "auto"),
                "--out", str(tmp_path / "s")]
-    told(lambda: sample.main(command), "another autodecoder", "python diffusion.py --autodecoder", "--fresh")
+    told(lambda: sample.main(command), "another autodecoder", "by its script with --autodecoder", "--fresh")
     (tmp_path / "run").mkdir()
     for name in ("last.pt", "config.json"):
         (tmp_path / "run" / name).write_bytes((diffused / name).read_bytes())

@@ -124,6 +124,8 @@ def test_a_command_of_a_readme(room, command, module, made, monkeypatch):
             stage.main(argv)
         assert done.value.code == 0
     elif module == "lab.sweep":                # one run of several, then the hours are over
+        few = [(str(n), dict(objects=n, steps=4), dict(mix=0.0)) for n in (3, 4)]
+        monkeypatch.setitem(stage.SWEEPS, "objects", few)
         with pytest.raises(UserError, match="hours 1e-05 are over"):
             stage.main(argv)
     elif module == "lab.fid":                  # whose weights nobody has here
