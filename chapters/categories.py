@@ -41,6 +41,7 @@ from shapes.photos import kinds_of
 from viewer.page import write_gallery
 from volume_render import ANGLES, SIZE, cameras, render_views
 
+
 @dataclass
 class Config(diffusion.Config):
     category: str = "all"                # all | earphones | chairs | tables | lamps | mugs: what to draw
