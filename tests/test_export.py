@@ -439,6 +439,34 @@ def test_mouse_wheel_and_fingers(chromium, page):
 
 
 @needs_chromium
+def test_two_fingers_on_two_tiles_zoom_and_enter_opens_a_tile_that_was_dragged(chromium, page):
+    opened(chromium, page, "steps=16")
+    chromium.run("set({...HOME, all: 1})")
+    places = chromium.run("[...$('tiles').children].slice(0, 2).map(tile => tile.getBoundingClientRect())"
+                          ".map(b => [b.x + b.width / 2, b.y + b.height / 2])")
+    (x0, y0), (x1, y1) = places
+    fingers = lambda kind, *at: chromium.call("Input.dispatchTouchEvent", type=kind, touchPoints=[
+        {"x": x, "y": y, "id": k} for k, (x, y) in enumerate(at)])
+    before = chromium.run("({...state})")
+    fingers("touchStart", *places)
+    nearer = [(0.75 * x0 + 0.25 * x1, 0.75 * y0 + 0.25 * y1), (0.25 * x0 + 0.75 * x1, 0.25 * y0 + 0.75 * y1)]
+    fingers("touchMove", *nearer)
+    fingers("touchEnd")
+    after = chromium.run("({...state})")
+    assert after["distance"] > 1.5 * before["distance"] and after["azimuth"] == before["azimuth"]
+
+    mouse = lambda kind, x, **more: chromium.call("Input.dispatchMouseEvent", type=kind, x=x, y=y0,
+                                                  button="left", clickCount=1, **more)
+    mouse("mousePressed", x0, buttons=1)
+    mouse("mouseMoved", x0 + 20, buttons=1)
+    mouse("mouseReleased", x0 + 20)
+    assert chromium.run("state.all") == 1
+    chromium.run("$('tiles').firstChild.focus()")
+    chromium.key("Enter", text="\r")
+    assert chromium.run("state.all") == 0 and not chromium.errors
+
+
+@needs_chromium
 def test_it_plays_and_turns(chromium, page):
     opened(chromium, page, "steps=16")
     until = "new Promise(go => {{ const look = () => {} ? go(true) : requestAnimationFrame(look); look(); }})"
@@ -671,6 +699,17 @@ def test_without_webgl2_it_says_so_and_shows_the_still(chromium, page):
     chromium.run(LOADED)
     assert (before < 1).any() and (picture(chromium) - before).abs().mean() > 1e-3
     assert not chromium.errors
+
+
+@needs_chromium
+def test_a_card_that_refuses_the_shader_leaves_the_stills(chromium, page):
+    script = "WebGL2RenderingContext.prototype.getShaderParameter = () => false"
+    added = chromium.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+    chromium.open(page[0].as_uri() + "#frame=0")
+    chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added)
+    assert "refuses" in chromium.run("$('notice').innerText")
+    chromium.run(LOADED)
+    assert (picture(chromium) < 1).any() and chromium.run("$('strip').children.length") > 1
 
 
 # ---- samples, and a run of it all ----
