@@ -13,7 +13,7 @@ read read_photos, pack, map_photos, Photos.
 import math
 import mmap
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,17 +124,37 @@ def read_photos(folder, size, objects=0):
     beside them.  Later that file is mapped into memory, as long as the folder is as it was"""
     found = objects_in(folder, size, objects)
     key, path = stamp(found, size), Path(folder, f".photos_{size}px_{len(found)}.bytes")
-    if path.exists():
+    def packed():
         with suppress(UserError, ValueError, OSError):
             return map_photos(path, key)
+    if photos := packed():
+        return photos
     if not os.access(folder, os.W_OK):
         print(UserError(f"{folder} may not be written to: its photos are not packed, but held in memory"))
         parts = list(read_and_check(found, size))
         rgb, mask, poses, K = (torch.stack(some) for some in zip(*[part[:4] for part in parts]))
         return Photos(rgb, mask, poses, K, [entry.name for entry in found],
                       has_masks=all(part[4] for part in parts))
-    pack(found, size, path, key)
+    with alone(path):
+        if photos := packed():               # another process has just packed them
+            return photos
+        pack(found, size, path, key)
     return map_photos(path, key)
+
+
+@contextmanager
+def alone(path):
+    """One process at a time makes this file.  The others wait, and then find it made"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name.lstrip('.')}.lock"), "a") as file:
+        with suppress(ImportError):                                       # Windows has no such lock
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is making {path}: waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_and_check(found, size):

@@ -1,6 +1,8 @@
 """Photos in one mapped file: the same bytes, packed once, packed again when anything has changed."""
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ def folder(data, tmp_path):
 
 
 def hidden(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".photos"))
+    return sorted(path.name for path in folder.iterdir()
+                  if path.name.startswith(".photos") and path.suffix != ".lock")
 
 
 def test_the_packed_photos_are_the_photos(folder):
@@ -55,6 +58,19 @@ def test_what_is_packed_is_not_read_again_until_it_changes(folder, monkeypatch):
     shutil.copyfile(second, first)
     changed = packed.read_photos(folder, 32)
     assert torch.equal(changed.rgb[0, 0], before.rgb[1, 0]) and torch.equal(changed.rgb[1:], before.rgb[1:])
+
+
+def test_two_that_begin_at_once_pack_once(folder, monkeypatch, capsys):
+    real, calls = packed.pack, []
+
+    def slow(*what):
+        calls.append(what)
+        time.sleep(0.5)
+        real(*what)
+    monkeypatch.setattr(packed, "pack", slow)
+    with ThreadPoolExecutor(2) as pool:
+        a, b = pool.map(lambda _: packed.read_photos(folder, 32), range(2))
+    assert len(calls) == 1 and torch.equal(a.rgb, b.rgb) and "waiting for it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["cut", "key", "index", "gone", "folder"])
