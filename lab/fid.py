@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from chapters.families import folders, read_samples
-from common import Run, UserError, command, parse_config, pick_device, plain, save_text, to_bytes
+from chapters.families import named, read_samples
+from common import Run, UserError, command, parse_config, pick_device, save_text, to_bytes
 from diffusion import latents_of, sample
 from lab.evaluate import markdown
 from lab.fresh import AROUND, PIXELS, see_objects
@@ -187,9 +187,12 @@ def frechet(a, b):
 
 
 def kid(a, b, generator, subsets=50, size=200):
-    """Features -> KID x 1,000, and its deviation over subsets"""
+    """Features (N,views,K), (M,views,K) -> KID x 1,000, and its deviation over subsets"""
+    # KID's pictures are independent, and views of one object are not: so a subset has one view of each
     size = min(size, len(a), len(b))
-    draw = lambda some: some[torch.randperm(len(some), generator=generator)[:size]].double()
+    def draw(some):
+        view = torch.randint(some.shape[1], (size,), generator=generator)
+        return some[torch.randperm(len(some), generator=generator)[:size], view].double()
     found = torch.stack([kernel_distance(cubic, draw(a), draw(b)).squeeze() for _ in range(subsets)])
     return 1000 * found.mean().item(), 1000 * found.std().item()
 
@@ -201,7 +204,7 @@ def main(argv=None):
     device = pick_device(config.device)
     network.to(device)
     model, names, denoiser = load_models(config, device)
-    families = {plain(Path(row).name): read_samples(row, model)[:2] for row in folders(config.rows)}
+    families = {name: read_samples(row, model)[:2] for name, row in named(config.rows).items()}
     run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
     run.lock.close()
     lock = Run(config.out, "fid", config, (), "fid.json", stale=()).lock
@@ -219,13 +222,14 @@ def main(argv=None):
 
     def features(rgb):
         parts = rgb.flatten(0, 1).permute(0, 3, 1, 2).split(16)
-        return torch.cat([network(part.float().to(device) / 255).cpu() for part in parts])
+        found = torch.cat([network(part.float().to(device) / 255).cpu() for part in parts])
+        return found.unflatten(0, (-1, 4))
     truth, lines = features(fresh[:count]), []
     for name, rgb in pictures.items():
         print(f"{name}: {4 * len(rgb)} pictures", flush=True)
         found = features(rgb)
         value, deviation = kid(found, truth, torch.Generator().manual_seed(0))
-        lines.append([name, str(4 * len(rgb)), f"{frechet(found, truth):.2f}",
+        lines.append([name, str(4 * len(rgb)), f"{frechet(found.flatten(0, 1), truth.flatten(0, 1)):.2f}",
                       f"{value:.2f} +- {deviation:.2f}"])
     title = f"From {4 * count} pictures of fresh objects, by {Path(config.inception).name}"
     text = markdown(title, ["", "pictures", "FID", "KID x 1,000"], lines)

@@ -45,10 +45,16 @@ def test_frechet_distance_of_gaussians():
 
 def test_kid_of_one_distribution_is_zero_by_chance():
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 300, 8, generator=generator)
+    a, b = torch.randn(2, 300, 1, 8, generator=generator)
     value, deviation = fid.kid(a, b, torch.Generator().manual_seed(0))
     other, _ = fid.kid(a, b + 1, torch.Generator().manual_seed(0))
     assert abs(value) < 3 * deviation and other > 10 * deviation
+    # Views of one object are alike.  As if they were independent, two sets of objects would seem far apart
+    objects = torch.randn(2, 60, 1, 8, generator=generator).expand(2, 60, 4, 8)
+    a, b = objects + 0.3 * torch.randn(2, 60, 4, 8, generator=generator)
+    value, _ = fid.kid(a, b, torch.Generator().manual_seed(0))
+    wrong, _ = fid.kid(*(some.reshape(240, 1, 8) for some in (a, b)), torch.Generator().manual_seed(0))
+    assert abs(value) < wrong / 2
 
 
 @pytest.fixture(scope="module")
