@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from autodecoder import CLIP, Autodecoder, fingerprint, load_autodecoder, read_log
 from common import (DISTANCE, UserError, camera_to_world_at, command, fill, fill_optimizer, grid,
-                    load_checkpoint, parse_config, pick_device, save_checkpoint, save_picture, save_text,
-                    to_bytes)
+                    load_checkpoint, parse_config, pick_device, plain, save_checkpoint, save_picture,
+                    save_text, to_bytes)
 from diffusion import Config as Stage2
 from diffusion import RobustNorm, latents_of, load_denoiser, recombined, sample
 from sample import BOX, is_run, novelty, summarise
@@ -154,7 +154,7 @@ def trained_for(folder):
     return sum(now for now, after in zip(seconds, [*seconds[1:], 0.0]) if after < now)
 
 
-def write_samples(out, model, latents, parameters, sample_seconds):
+def write_samples(out, model, latents, parameters, sample_seconds, trained_in=None):
     """Samples of a family -> latents.pt for the lab, samples.png, report.txt; and the report's rows"""
     training = latents_of(model, model.codes)
     rows = {"samples": novelty(latents, training),
@@ -164,7 +164,7 @@ def write_samples(out, model, latents, parameters, sample_seconds):
     save_text(Path(out, "report.txt"), text + "\n")
     save_checkpoint(Path(out, "latents.pt"), {"latents": latents.cpu(), "autodecoder": fingerprint(model),
                                            "parameters": parameters, "sample_seconds": sample_seconds,
-                                           "training_seconds": trained_for(out)})
+                                           "training_seconds": trained_for(trained_in or out)})
     save_sheet(out, model, latents)
     return rows["samples"]
 
@@ -223,12 +223,20 @@ def folders(rows):
     return sorted(map(str, found))
 
 
+def named(rows):
+    """-> {name: folder}: the last part of a folder is its row's name, or all of it where that is taken"""
+    found = {}
+    for row in folders(rows):
+        name = plain(Path(row).name)
+        found[plain(row) if name in found or name in ("ours", "training objects", "noise") else name] = row
+    return found
+
+
 @torch.no_grad()
 def main(argv=None):
     config = parse_config(Config, argv=with_box(argv, Config))
     model, _ = load_autodecoder(config.autodecoder, pick_device(config.device))
-    rows = folders(config.rows)
-    lines = []
+    rows, lines = folders(config.rows), []
     for row in rows:
         shown_by, some, _ = read_samples(row, model)
         some = some[:8].to(model.shapes.device)

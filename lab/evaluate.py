@@ -32,7 +32,7 @@ run  python -m lab.evaluate
 read judge, rivals, main; and metrics.py, fresh.py.
 """
 # First, because it makes Ctrl-C one line, also while torch loads
-from common import Run, UserError, command, parse_config, pick_device, plain, save_figure, save_text, to_bytes
+from common import Run, UserError, command, parse_config, pick_device, save_figure, save_text, to_bytes
 
 import functools
 import html
@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from chapters.families import folders, read_samples
+from chapters.families import named, read_samples
 from diffusion import latents_of, nearest, recombined
 from diffusion import sample as draw_samples
 from lab.fresh import (AROUND, CELLS, FACTORS, PIXELS, blurred, cell_of, cloud, held_out_codes, rays_around,
@@ -110,7 +110,9 @@ def see_volumes(model, latents, config):
 
 
 def judge(some, fresh, held, training, cells, config):
-    """One row of all tables: {number: (value, itself in each resampling)}, of what is defined for it"""
+    """One row of all tables: {number: (value, itself in each resampling)}, of what is defined for it.  Means
+    are redrawn by bootstrap, and what asks for the nearest shape by halves, because a shape that is drawn
+    twice would be its own neighbour"""
     row = {}
 
     def mean(name, values):
@@ -128,11 +130,12 @@ def judge(some, fresh, held, training, cells, config):
             between = chamfer(some["points"], other["points"][:N])
             row[name] = told_apart(name, within(some), between, within(other)[:N, :N], config)
             if other is fresh:
-                named, near = coverage(between[:N]), mmd(between[:N]).double()
-                weight = resampled(N, config, "COV")
-                again = torch.tensor([len(named[w > 0].unique()) / N for w in weight])
-                row["COV"] = len(named.unique()) / N, again
-                row["MMD"] = near.mean().item(), weight @ near / N
+                cover = lambda distance: len(coverage(distance).unique()) / distance.shape[1]
+                both = zip(halves(N, config, name), halves(N, config, "COV"))
+                again = [cover(between[a][:, b]) for a, b in both]
+                row["COV"] = cover(between[:N]), torch.tensor(again)
+                near = mmd(between[:N]).double()
+                row["MMD"] = near.mean().item(), resampled(N, config, "COV") @ near / N
     if "features" in some:
         apart("to photos", functools.partial(kernel_distance, cubic), some["features"], fresh["features"])
         if some is not held and "piece" in some:
@@ -157,24 +160,32 @@ def judge(some, fresh, held, training, cells, config):
         shape, whole = some["shape to training"], training["piece"][some["whose"]] > 0.95
         mean("copies, shapes", is_copy(shape))
         if whole.any():
-            mean("in pieces", some["piece"][whole] < 0.95)
+            mean("in pieces", ~(some["piece"][whole] >= 0.95))        # an empty one (NaN) is not whole
         mean("haze", some["haze"])
-        mean("colours", some["colours"].nan_to_num(0))
+        if (full := some["colours"].isfinite()).any():
+            mean("colours", some["colours"][full])
         if held and some is not held:
             apart("Z_U, shapes", z_u, shape[:, 0], held["shape to training"][:, 0])
             apart("pixels", functools.partial(kernel_distance, minus_distance), pixels(some), pixels(held))
     return row
 
 
+def halves(count, config, name):
+    """(T,count/2): which half of `count` objects is drawn, in each of T resamplings.  A statistic varies over
+    halves of one set about as it does over whole sets ("delete-half jackknife", Shao and Wu 1989)"""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + zlib.crc32(f"half {name}".encode()))
+    return torch.rand(config.bootstrap, count, generator=generator).argsort(1)[:, :(count + 1) // 2]
+
+
 def told_apart(name, own, between, among_others, config):
     """1-NNA and its resamplings: of each group of as many samples as there are others (N), then the mean"""
-    N = between.shape[1]
-    groups = [slice(k, k + N) for k in range(0, len(own) - N + 1, N)]
-    hits = torch.stack([one_nna(own[g, g], between[g], among_others) for g in groups]).double()    # (G,2N)
-    ours, theirs = hits[:, :N].flatten(), hits[:, N:].mean(0)                                # (GN,), (N,)
-    redrawn = (resampled(len(ours), config, name) @ ours / len(ours)
-               + resampled(N, config, name + " others") @ theirs / N) / 2
-    return (ours.mean().item() + theirs.mean().item()) / 2, redrawn
+    def groups(own, between, others):
+        N = len(others)
+        return torch.stack([one_nna(own[k:k + N, k:k + N], between[k:k + N], others).double().mean()
+                            for k in range(0, len(own) - N + 1, N)]).mean()
+    some = zip(halves(len(own), config, name), halves(len(among_others), config, name + " others"))
+    redrawn = [groups(own[a][:, a], between[a][:, b], among_others[b][:, b]) for a, b in some]
+    return groups(own, between, among_others).item(), torch.stack(redrawn)
 
 
 def within(some):
@@ -211,7 +222,7 @@ def rivals(model, denoiser, config, device):
 def chapters(model, config):
     """-> {name: (who shows them, latents or volumes)} of samples that chapters wrote, at most as many as of
     ours; and what they cost"""
-    found = {plain(Path(row).name): read_samples(row, model) for row in folders(config.rows)}
+    found = {name: read_samples(row, model) for name, row in named(config.rows).items()}
     for name, (_, some, _) in found.items():
         if len(some) < config.count:
             print(f"{name}: {len(some)} samples, ours are {config.count}: COV and cells do not compare")
@@ -229,7 +240,7 @@ def gaussian(points, count, generator):
     return mean + (weight @ (points - mean).flatten(1)).view(count, *points.shape[1:])
 
 
-LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "ours", "fresh objects")
+LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "fresh objects")
 TABLES = {
     "Generation": ("1-NNA", "1-NNA, decoded", "COV", "MMD", "to photos", "to reconstructions", "pixels"),
     "Further from fresh objects than ours": ("to photos", "to reconstructions", "pixels"),

@@ -13,6 +13,7 @@ in   nothing: objects are made here
 out  runs/fresh/     fresh.pt, readings.pt, reader.pt: made once, for any model; minutes on two cores
 read see_object, cloud, Reader, train_reader, held_out_codes.
 """
+import inspect
 import math
 import multiprocessing
 import os
@@ -30,9 +31,9 @@ from autodecoder import fingerprint, fit_codes
 from common import (DISTANCE, UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint,
                     save_checkpoint, to_bytes)
 from render_shapenet import no_ctrl_c, worker_setup
-from shapes import earphones
+from shapes import earphones, surfaces
 from shapes.meshes import load_obj
-from shapes.packed import Photos, read_photos
+from shapes.packed import Photos, alone, read_photos
 from shapes.photos import factors_of
 from shapes.rasterizer import rasterize, to_world
 from volume_render import camera_rays, cameras
@@ -45,23 +46,27 @@ CORNERS = [(72 * k + 36 * (height > 0) + 17, height)
 FIRST = (6, 14, 0, 15, 18, 2, 3, 4)
 AROUND = [CORNERS[k] for k in (*FIRST, *(k for k in range(20) if k not in FIRST))]
 FACTORS = {"kind": earphones.KINDS, "palette": tuple(earphones.PALETTES), "part": earphones.PARTS}
-CELLS = math.prod(len(values) for values in FACTORS.values())
+SIZES = [len(values) for values in FACTORS.values()]
+CELLS = math.prod(SIZES)
+# What fresh objects and their pictures are made by: a cache of another shop's earphones is of no use
+MADE_BY = [PIXELS, AROUND, *map(inspect.getsource, (earphones, surfaces))]
 
 
 def kept(file, ingredients, make, enough=lambda content: True):
     """make(), or what it returned last time, from `file`: if it was made of the same ingredients, and is
-    enough.  A cache that does not name what made it answers yesterday's question."""
+    enough.  A cache must record how it was made.  Otherwise it returns old results."""
     recipe = digest(ingredients)
-    if file.exists():
-        try:
-            state = load_checkpoint(file)
-            if state.get("recipe") == recipe and enough(state["content"]):
-                return state["content"]
-            print(f"{file} is of other objects, settings or another model: making it again", flush=True)
-        except UserError as error:
-            print(f"{error}: making it again", flush=True)
-    content = make()
-    save_checkpoint(file, {"recipe": recipe, "content": content})
+    with alone(file):
+        if file.exists():
+            try:
+                state = load_checkpoint(file)
+                if state.get("recipe") == recipe and enough(state["content"]):
+                    return state["content"]
+                print(f"{file} is of other objects, settings or another model: making it again", flush=True)
+            except UserError as error:
+                print(f"{error}: making it again", flush=True)
+        content = make()
+        save_checkpoint(file, {"recipe": recipe, "content": content})
     return content
 
 
@@ -125,7 +130,7 @@ def see_objects(file, split, numbers, config, views, points, run):
 
     # More objects, or more points on each, will do as well
     enough = lambda seen: len(seen["rgb"]) >= len(numbers) and seen["points"].shape[1] >= points
-    seen = kept(file, ["objects", split, numbers[0], config.seed, views], make, enough)
+    seen = kept(file, ["objects", split, numbers[0], config.seed, views, *MADE_BY], make, enough)
     seen["points"] = seen["points"][:, :points]
     return {key: value[:len(numbers)] for key, value in seen.items()}
 
@@ -142,7 +147,7 @@ class Reader(nn.Module):
         self.trunk = nn.Sequential(*[nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU())
                                      for a, b in zip(widths, widths[1:])])         # 64 -> 4 pixels a side
         self.join = nn.Linear(4 * 128 * 4, features)
-        self.answer = nn.Linear(features, 4 + 7 + 3 + 9)
+        self.answer = nn.Linear(features, sum(SIZES) + 9)
 
     def features(self, rgb):
         """(B,4,H,W,3) in [0, 1] -> (B,128)"""
@@ -150,7 +155,7 @@ class Reader(nn.Module):
         return F.silu(self.join(F.avg_pool2d(x, 2).reshape(len(rgb), -1)))
 
     def forward(self, rgb):
-        return self.answer(self.features(rgb)).split((4, 7, 3, 9), 1)
+        return self.answer(self.features(rgb)).split((*SIZES, 9), 1)
 
 
 def blurred(rgb, side):
@@ -163,7 +168,7 @@ def blurred(rgb, side):
 
 def train_reader(config, run, device):
     """Trained on photos, now sharp, now blurred: it must read renderings, which are blurred, by the object"""
-    ingredients = ["reader", config.seed, config.readings, config.reader_steps]
+    ingredients = ["reader", config.seed, config.readings, config.reader_steps, *MADE_BY]
     reader = Reader().to(device)
     make = lambda: teach_reader(config, run, device)
     reader.load_state_dict(kept(run.folder / "reader.pt", ingredients, make))
@@ -202,14 +207,14 @@ def read(reader, rgb):
     """(N,4,H,W,3) bytes -> features (N,128), and kind, palette and outline (N,3) as it reads them"""
     device = next(reader.parameters()).device
     features = [reader.features(part.to(device).float() / 255) for part in rgb.split(64)]
-    answers = [torch.stack([logits.argmax(1) for logits in reader.answer(some).split((4, 7, 3, 9), 1)[:3]], 1)
+    answers = [torch.stack([logits.argmax(1) for logits in reader.answer(some).split((*SIZES, 9), 1)[:3]], 1)
                for some in features]
     return torch.cat(features).cpu(), torch.cat(answers).cpu()
 
 
 def cell_of(labels):
     """(N,3) -> (N,): which of the CELLS"""
-    return (labels * torch.tensor([21, 3, 1])).sum(1)
+    return (labels * torch.tensor([SIZES[1] * SIZES[2], SIZES[2], 1])).sum(1)
 
 
 def training_cells(names, folder):
@@ -241,7 +246,8 @@ def held_out_codes(model, config, unseen, device):
         return fit_codes(model, photos, views, config.fit_steps).cpu()
     which, seen = fingerprint(model), [photos.rgb, photos.mask, photos.pose, photos.intrinsics]
     ingredients = ["codes", which, config.fit_steps, photos.names, photos.has_masks, *seen]
-    return kept(Path(config.cache, f"fits_{which[:12]}.pt"), ingredients, make).to(device)
+    file = Path(config.cache, f"fits_{which[:12]}_{N}_{config.fit_steps}.pt")     # one for each size of study
+    return kept(file, ingredients, make).to(device)
 
 
 def unseen_photos(config, model):

@@ -69,7 +69,7 @@ def chamfer(a, b, tile=1 << 18):
 
 def coverage(between):
     """between (S,R) from samples to references -> (S,): which reference is each sample's nearest.  COV is the
-    share of references named: to take it the other way round is a published slip."""
+    share of references named.  Some published code counts the other way round, which is wrong."""
     return between.argmin(1)
 
 

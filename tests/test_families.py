@@ -235,6 +235,8 @@ def test_one_word_names_all_folders_that_hold_samples(tmp_path, monkeypatch):
     assert families.folders(("",)) == [] and families.folders(["a", "b"]) == ["a", "b"]
     with pytest.raises(UserError, match="run a chapter first"):
         families.folders(["chapters"])
+    rows = families.named(["runs/a/gan", "runs/b/gan", "runs/ours"])
+    assert rows == {"gan": "runs/a/gan", "runs/b/gan": "runs/b/gan", "runs/ours": "runs/ours"}
     for file in ("runs/a/latents.pt", "runs/b/volumes.pt", "runs/b/mended/latents.pt"):
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).touch()
