@@ -105,15 +105,17 @@ def main(argv=None):
     if not is_run(Path(config.autodecoder)):
         raise UserError(f"this needs stage 1 of several categories, and {config.autodecoder} has none. The "
                         "first lines of python -m chapters.categories --help say how to train it")
+    model, names = load_autodecoder(config.autodecoder)
+    of = categories_of(model.config.data, names)
+    every = [one for one in CATEGORIES if one in of]
+    if config.category not in ("all", *every):                   # said before the training, and not after it
+        raise UserError(f"{config.autodecoder} knows no {config.category}: it knows {', '.join(every)}")
     train_once(argv, config, Config, PRESETS, CategoryDenoiser, FREE)
     device, out = pick_device(config.device), Path(config.out, "drawn")
     model, names, denoiser = load_denoiser(config.out, device, "", Config, CategoryDenoiser)
-    denoiser.guidance, of = config.guidance, categories_of(model.config.data, names)
+    denoiser.guidance = config.guidance
 
     # The same seeds for each category that the model knows, and told nothing
-    every = [one for one in CATEGORIES if one in of]
-    if config.category not in ("all", *every):
-        raise UserError(f"{config.autodecoder} knows no {config.category}: it knows {', '.join(every)}")
     wanted = [*every, "told nothing"] if config.category == "all" else [config.category]
     seeds = range(config.first, config.first + config.count)
     codes = {one: asked(denoiser, one, seeds) for one in wanted}
@@ -123,7 +125,7 @@ def main(argv=None):
 
     right = [one == near for one, some in codes.items() if one in every
              for near in nearest_category(model, some, of)]
-    asked(denoiser, wanted[0], seeds[:1])
+    denoiser.asked = denoiser.say([wanted[0]])                   # what the page's walk is told
     labels = [f"{one}: seed {seed}" for one in wanted for seed in (seeds if len(wanted) == 1 else seeds[:2])]
     shown = latents[0] if len(wanted) == 1 else latents[:, :2].flatten(0, 1)
     write_gallery(out / "viewer.html", model, names, shown, labels, denoiser,

@@ -10,11 +10,11 @@ into stage 1's latent.  G2 and the renderer stay as they are.  A point sees only
 know its depth from one photo.  K must guess that from its neighbours, and from what earphones look like.
 
 It learns from pairs of photos and latents.  Stage 1 can make as many as we like: decode recombined codes and
-render them.  A share of each batch are the real photos of the training objects.
+render them.  A share of the steps see the real photos of the training objects.
 
 in   data/earphones_train, data/earphones_test; runs/autodecoder/last.pt, without it the model in the box
 out  runs/lift/              last.pt, log.jsonl, curve.png, lift.txt (beside fit_codes), lift_1.png, ...
-run  python -m chapters.lift                 two CPU cores: 10 min; 8 photos, 100 steps: 29.88 dB (row L3)
+run  python -m chapters.lift                 two CPU cores: 15 min; 8 photos, 100 steps: 29.88 dB (row L3)
 read unproject, Lift, main.
 """
 import time
@@ -156,7 +156,7 @@ def main(argv=None):
     # Pairs of photos and latents: made ones, and the training objects' own (but for the held-out views)
     made, own, to_latents = to_learn(model, config)
     train = max(count - model.config.holdout_views, 1)
-    generator, K = torch.Generator().manual_seed(config.seed), photos.intrinsics[:1].clone()
+    generator, K = torch.Generator().manual_seed(config.seed), photos.intrinsics.clone()
     rgb, poses = made_photos(model, to_latents(made), photos.pose[:, :train].flatten(0, 1), K[0], size,
                              config.rendered, generator)
     K[:, :2] /= size
@@ -177,7 +177,8 @@ def main(argv=None):
             target, *source = (own, photos.rgb[:, :train], photos.pose) if real else (made, rgb, poses)
             item = torch.randint(len(target), (config.batch,), generator=generator)
             seen = draw_views(*source, item, min(views, source[0].shape[1]), generator)
-            seen = [some.to(device) for some in (*seen, K.expand(len(item), 3, 3))]
+            lens = K[item] if real else K[:1].expand(len(item), 3, 3)      # made ones have the first one's
+            seen = [some.to(device) for some in (*seen, lens)]
 
             with fast_precision(model.config, device):
                 guess = network(*seen).float()

@@ -230,13 +230,13 @@ def main(argv=None):
     # The page shows all samples of one prompt, or the first one of each of the sixteen
     one = len(texts) == 1
     labels = [f"{config.prompt}: seed {seed}" for seed in seeds] if one else texts
-    asked(denoiser, texts[0], seeds[:1])
+    denoiser.asked = denoiser.say([texts[0]])                # what the page's walk is told
     write_gallery(out / "viewer.html", model, names, latents[0] if one else latents[:, 0], labels, denoiser,
                   (config.first, config.first + 1))
     said = ", ".join(f"{factor} {np.mean([share for key, share in shares if key == factor]):.0%}"
                      for factor in dict(shares))
     print(f"wrote {out}: sheet.png, viewer.html.  As asked, by the nearest training codes: "
-          f"{said or 'not counted'} (row P1, sixteen prompts: palette 97 %, the others 100 %)")
+          f"{said or 'not counted'} (row P1, sixteen prompts; the lab reads pictures instead)")
 
 
 if __name__ == "__main__":

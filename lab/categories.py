@@ -97,11 +97,13 @@ def main(argv=None):
                         "folder by --data")
     run, out = Run(config.out, "categories", config, (), "categories.json", stale=()), Path(config.out)
 
-    # The reader: two of three unseen objects teach it, the third ones measure it
+    # The reader: two of three unseen objects teach it, the others measure it.  They are shuffled, because
+    # factors follow each other in the folder like dealt cards
     photos = read_photos(folder, PIXELS, 0)
     labels = torch.tensor([CATEGORIES.index(one) for one in categories_of(folder, photos.names)])
-    every, asked_for = torch.arange(len(labels)), [one for one in CATEGORIES if of.count(one) > 1]
-    learnt, held = every[every % 3 > 0], every[::3]
+    every = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
+    held, learnt = every.tensor_split([-(-len(every) // 3)])
+    asked_for = [one for one in CATEGORIES if of.count(one) > 1]
     for one in asked_for:
         if not all((labels[some] == CATEGORIES.index(one)).any() for some in (learnt, held)):
             raise UserError(f"{folder} holds too few {one}: some to learn from, some to measure by")
@@ -121,7 +123,7 @@ def main(argv=None):
         latents = latents_of(model, asked(denoiser, wanted, seeds))
         some, (distance, whose) = see_volumes(model, latents, config), nearest(latents, training)
         seen = read_as(reader, some["rgb"][:, :4])
-        pieces = some["piece"][known["piece"][whose[:, 0].cpu()] > 0.95] < 0.95
+        pieces = ~(some["piece"][known["piece"][whose[:, 0].cpu()] > 0.95] >= 0.95)       # NaN: nothing there
         row = {"copies": is_copy(distance).double().mean().item(),
                "in pieces": pieces.double().mean().item() if len(pieces) else None}
         if wanted in of:
