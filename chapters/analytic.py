@@ -7,9 +7,10 @@ A chapter on stage 2: denoisers that nobody trains.  The training latents z_1 ..
 
 The ideal denoiser is the one that stage 2's loss asks for, if nothing is recombined.  It can only return
 training objects.  So what a trained network makes of its own must come from the ways in which it is not
-ideal.  Kamb & Ganguli (2024) name one for convolutional networks: they see a window.  A voxel that sees only
-its window cannot know which object it belongs to.  It may follow object 3 here and object 7 there, and a
-sample becomes a patchwork of parts.  Two windows that are each other's mirror images vote together
+ideal.  Kamb & Ganguli (2024) name two for convolutional networks: they see a window, and they treat all
+places alike (left out here, because earphones stand in one pose).  A voxel that sees only its window cannot
+know which object it belongs to.  It may follow object 3 here and object 7 there, and a sample becomes a
+patchwork of parts.  Two windows that are each other's mirror images vote together
 (--mirror), because earphones are symmetric: without that, left and right would not agree.
 
 How large a window?  Large at high noise, where only the whole tells anything, and small at low noise.  Here

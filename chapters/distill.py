@@ -28,11 +28,10 @@ import time
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
 from autodecoder import BETAS, fast_precision, learning_rate_share, plot_log
 from chapters.families import AsVolumes, improve, record, resume, shown, smooth, write_samples, write_volumes
-from chapters.maps import PictureDenoiser, ViewReader, angle_apart, doubled, loss_of
+from chapters.maps import PictureDenoiser, ViewReader, angle_apart, doubled, loss_of, places_of
 from common import (DISTANCE, Run, UserError, camera_to_world_at, command, parse_config, pick_device,
                     save_preview, save_text, to_bytes)
 from diffusion import sample
@@ -73,7 +72,7 @@ PRESETS = {"cpu": {}, "gpu": dict(size=64, width=96, steps=20000, batch=128, rou
            "smoke": dict(size=16, width=8, steps=4, batch=4, rounds=2, descent=2, objects=2, seen=2, mended=2,
                          mending=2, save_every=2, log_every=2)}
 FREE = ("out", "device", "log_every", "save_every", "fresh", "rounds", "descent", "rate", "objects", "mended",
-        "mending", "mend_rate", "imagine", "guidance", "diffusion", "autodecoder")
+        "mending", "mend_rate", "imagine", "guidance", "autodecoder")
 LOW, HIGH, SAMPLES, VIEWS = 0.2, 60.0, 48, 4      # noise levels; bins along a ray; views at once
 HAZE = 0.25                                       # density of what is empty, while it descends
 
@@ -88,7 +87,7 @@ def around(count, views, generator):
 def imagined(network, pictures, sigma, poses, way, config, generator):
     """What D makes of these pictures, noised: photos (B,V,H,W,3) that they could be, without gradients"""
     B, V = pictures.shape[:2]
-    places = F.normalize(poses[..., :3, 3], dim=-1) * (way != "told nothing")
+    places = places_of(poses) * (way != "told nothing")
     with torch.no_grad():
         z = network.plain(pictures)
         x = z + sigma * torch.randn(z.shape, generator=generator).to(z)
@@ -135,7 +134,9 @@ def mended(network, model, latents, config, K):
     generator, parts = torch.Generator().manual_seed(config.seed + 2), []
     for latent in latents.split(8):
         free = latent.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([free], config.mend_rate * latents.std().item(), betas=BETAS)
+        # Adam divides by the gradient's size, so the weight of the contrast must be the size of a step
+        step = config.mend_rate * abs(config.guidance) * latents.std().item()
+        optimizer = torch.optim.Adam([free], step, betas=BETAS)
         for _ in range(config.mending):
             poses = around(len(free), VIEWS, generator).to(free)
             sigma = 0.2 * 10 ** torch.rand((), generator=generator).item()
@@ -144,7 +145,7 @@ def mended(network, model, latents, config, K):
             pictures = shown(volume, poses, K, config.size, SAMPLES, model.field)
             away = contrast(network, pictures.detach(), sigma, poses, generator)
             optimizer.zero_grad()
-            (-config.guidance * away * pictures).sum(0).mean().backward()
+            ((1 if config.guidance < 0 else -1) * away * pictures).sum(0).mean().backward()
             optimizer.step()
         parts.append(free.detach())
     return torch.cat(parts)
@@ -154,7 +155,7 @@ def mended(network, model, latents, config, K):
 def contrast(network, pictures, sigma, poses, generator):
     """What photos have more than samples' renderings, by what D makes of the same noised pictures.  What D
     cannot draw at all, both lack alike"""
-    x, places = network.plain(pictures), F.normalize(poses[..., :3, 3], dim=-1)
+    x, places = network.plain(pictures), places_of(poses)
     x = x + sigma * torch.randn(x.shape, generator=generator).to(x)
     level, photo = torch.full((len(x),), sigma).to(x), x.new_zeros(len(x))
     return (network(x, level, places, photo) - network(x, level, places, photo + 1)) * network.spread
@@ -170,26 +171,24 @@ def main(argv=None):
     run = Run(config.out, "distill", config, [f.name for f in fields(Config) if f.name not in FREE])
 
     # Pictures of both labels: photos, and renderings of stage 2's samples from the photos' own cameras
-    generator = torch.Generator().manual_seed(config.seed)
-    K, place_of = photos.intrinsics[0].to(device), lambda poses: F.normalize(poses[..., :3, 3], dim=-1)
+    generator, K = torch.Generator().manual_seed(config.seed), photos.intrinsics[0].to(device)
     samples = stage2.latents(sample(stage2, range(1000, 1000 + config.seen)))
     some = torch.randint(len(photos.names), (16,), generator=generator), torch.arange(16) % len(photos.rgb[0])
     volumes = lambda latent: model.to_volume(latent[None])
     made = torch.cat([to_bytes(render_volumes(model, volumes(one), photos.pose[some], K, config.size)[0])
                       for one in samples]).cpu()
     rgb, train = (photos.rgb, made), max(len(photos.rgb[0]) - 8, VIEWS)     # the last photos test the reader
-    places = place_of(photos.pose), place_of(photos.pose[some])[None].expand(len(made), -1, -1)
+    places = places_of(photos.pose), places_of(photos.pose[some])[None].expand(len(made), -1, -1)
     torch.manual_seed(config.seed)
     network, reader = PictureDenoiser(config).to(device), ViewReader(config).to(device)
     network.mean.copy_(photos.rgb.float().mean((0, 1, 2, 3)) / 255)
     network.spread.copy_(photos.rgb.float().std() / 255)
-    networks = {"network": network, "reader": reader}
+    networks, numbers = {"network": network, "reader": reader}, {}
     optimizers = [torch.optim.Adam(some.parameters(), betas=BETAS) for some in (network, reader)]
     step, parameters = resume(run, model, networks, optimizers), sum(p.numel() for p in network.parameters())
     print(f"photos of {len(photos.names)} objects; {parameters / 1e6:.2f} M parameters")
 
     with run:
-        numbers = {}
         while step < config.steps:
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config.steps, 0.03)
@@ -222,11 +221,11 @@ def main(argv=None):
         wrong = (apart > 22.5).double().mean()
         lines.append(f"{name:<20} {apart.median():5.1f} degrees   {wrong:4.0%}")
     line("photos, held out", photos.rgb[:, -8:].flatten(0, 1).float() / 255,
-         place_of(photos.pose[:, -8:]).flatten(0, 1))
+         places_of(photos.pose[:, -8:]).flatten(0, 1))
     for way in ("told nothing", "told the camera", "four views at once"):
         volumes = distilled(network, config, way, K, device)
         seen = render_volumes(AsVolumes(), volumes, turn, K, config.size)[0]
-        line(way, seen.flatten(0, 1), place_of(turn).repeat(len(seen), 1))
+        line(way, seen.flatten(0, 1), places_of(turn).repeat(len(seen), 1))
         rows += [*to_bytes(render_views(AsVolumes(), volumes[:3], turn, SIZE)[0])]
     write_volumes(run.folder, volumes, parameters, (time.time() - began) / 3 / config.objects)
     save_preview(run.folder / "janus.png", torch.stack(rows))
@@ -235,9 +234,10 @@ def main(argv=None):
     save_text(run.folder / "janus.txt", text)
 
     # Stage 2's first samples, before and after
-    before = stage2.latents(sample(stage2, range(config.mended)))
-    began, after = time.time(), mended(network, model, before, config, K)
-    write_samples(run.folder / "mended", model, after, parameters, (time.time() - began) / config.mended)
+    before, began = stage2.latents(sample(stage2, range(config.mended))), time.time()
+    after = mended(network, model, before, config, K)
+    seconds = (time.time() - began) / config.mended
+    write_samples(run.folder / "mended", model, after, parameters, seconds, run.folder)
     pictures = [to_bytes(render_views(model, some[:8], cameras(ANGLES[:2]), SIZE)[0].transpose(0, 1))
                 for some in (before, after)]
     save_preview(run.folder / "mended.png", torch.cat(pictures))

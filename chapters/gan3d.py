@@ -9,10 +9,10 @@ one pass through G, where stage 2 asks its network 35 times.
 
 What goes wrong is that nothing asks G for all objects.  It may make a few that D believes, whatever the
 noise: *mode collapse*.  It is counted here, as training goes: of 192 samples, how many different training
-objects are the nearest one of some sample?  (`named`, in log.jsonl.)  The cure shown
-is R1 (Mescheder et al. 2018): D pays for the square of its gradient at real latents, so that it stays smooth
-and its advice useful.  `--r1 0` is 3D-GAN without it.  Both learn from what stage 2 learns from, recombined
-codes.
+objects are the nearest one of some sample?  (`named`, in log.jsonl.)  The cure shown is R1 (Mescheder et al.
+2018): D pays for the square of its gradient at real latents, so that it stays smooth and its advice useful.
+`--r1 0` is a GAN without any cure (3D-GAN pauses a D that wins too often).  Both learn from what stage 2
+learns from, recombined codes.
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/gan3d/                     last.pt, log.jsonl, curve.png, previews/, latents.pt, samples.png, report

@@ -8,7 +8,7 @@ V are voxels of density and colour, here stage 1's volumes.  An autoencoder writ
 numbers for the whole object; c, coarse voxels; f, a fine map seen from above.  A KL term keeps g small; the
 vectors of c and f become words of codebooks.  Then one denoiser learns g, a second one c when it is told g,
 and a third one f when it is told both.  The paper's reason: no diffusion copes with all voxels at once, and
-each of these is small.  levels.png shows what each decides: two are held, and the third is drawn anew.
+each of these is small.  levels.png shows what each decides: some are held, and the others are drawn anew.
 
 Density stands in V as a number of its own (explicit).  With --implicit V holds features, and a small network
 makes density and colour of the features at each point.  The paper found explicit density better.
@@ -17,7 +17,6 @@ in   runs/autodecoder/last.pt        stage 1; without it the model in the box
 out  runs/hierarchy/                 last.pt, log.jsonl, curve.png, volumes.pt and three pictures
 run  python -m chapters.hierarchy                                one core: 25 min (row L4)
      python -m chapters.hierarchy --implicit --out runs/implicit
-     python -m lab.evaluate --rows runs/hierarchy                in the lab's table
 read Levels, Makers, main; and Maker in maps.py.
 """
 import copy
@@ -212,9 +211,10 @@ def main(argv=None):
                               for name, some in zip("gcf", (g, c, f))}
             else:
                 losses, *spoken = first_losses(levels, data[item].float(), config, generator, fast)
-            if improve(run, step, sum(losses.values()), optimizers[second]) and second:
+            well = improve(run, step, sum(losses.values()), optimizers[second])
+            if well and second:
                 follow(average, makers, here, config.ema)
-            elif not second:
+            elif well:
                 for words, some in zip((levels.c_words, levels.f_words), spoken):
                     words.move(*some, generator)
             step += 1
@@ -231,16 +231,16 @@ def main(argv=None):
                                                   for k in range(0, config.count, 32)])]
         volumes = levels.head(read(levels, maps).movedim(1, -1)).movedim(-1, 1)    # of features: at centres
         write_volumes(run.folder, volumes, parameters, (time.time() - began) / config.count)
-        # What does each level decide?  Seed 0, and seven times one level anew (f, c, g), then all of them
+        # What does each level decide?  Seed 0, and seven times some of its levels anew
         g, c, f = (some[:1].expand(7, *some.shape[1:]) for some in maps)
         again, first = [noise_of(1000 + k) for k in range(7)], read(levels, [some[:1] for some in maps])
-        new = average.sample(levels, again, HEUN)
-        rows = [(g, c, average.sample(levels, again, HEUN, g, c)[2]),
-                (g, average.sample(levels, again, HEUN, g)[1], f), (new[0], c, f), new]
+        new, same_g = average.sample(levels, again, HEUN), average.sample(levels, again, HEUN, g)
+        rows = [(g, c, average.sample(levels, again, HEUN, g, c)[2]), (g, same_g[1], f), (new[0], c, f),
+                same_g, new]
         rows = [look(show, torch.cat([first, read(levels, row)])) for row in rows]
     save_picture(run.folder / "levels.png", grid(to_bytes(torch.cat(rows)), 8))
     moved = ", ".join(f"{name} {(row[1:] - row[:1]).square().mean().sqrt():.3f}"
-                      for name, row in zip(("f", "c", "g", "all"), rows))
+                      for name, row in zip(("f", "c", "g", "c and f", "all"), rows))
     plot_log(run.folder, "loss", pictures="pictures", g="g", c="c", f="f")
     print(f"wrote {run.folder}.  From its latents an object has {psnr(after, before):.2f} dB of stage 1's "
           f"picture (row L4: 31.76).  Drawn anew, a level moves pictures by {moved}")

@@ -33,6 +33,7 @@ import autodecoder
 from autodecoder import Autodecoder, plot_log
 from chapters.families import AsVolumes, follow, record, resume, shown, smooth, write_volumes
 from chapters.gan3d import compete, r1_penalty
+from chapters.maps import places_of
 from common import Run, UserError, command, parse_config, pick_device, save_preview, to_bytes
 from diffusion import noise_of
 from shapes.packed import read_photos
@@ -108,7 +109,7 @@ def pictures_of(network, noise, poses, K, config, place=None):
 
 def from_the_front(poses, most):
     """Which cameras (P,4,4) stand within so many degrees of the front, which is at -y"""
-    towards = -F.normalize(poses[:, :3, 3], dim=1)[:, 1]
+    towards = -places_of(poses)[:, 1]
     return (towards >= math.cos(math.radians(most)) - 1e-6).nonzero()[:, 0]
 
 
@@ -130,7 +131,7 @@ def main(argv=None):
         raise UserError(f"--size {config.size}: {len(config.critic)} levels of the critic halve it too often")
     # Every photo stands for itself: which object it shows is not known from here on
     rgb, poses, K = photos.rgb.flatten(0, 1), photos.pose.flatten(0, 1), photos.intrinsics[:1].to(device)
-    places, some = F.normalize(poses[:, :3, 3], dim=1), from_the_front(poses, config.front)
+    places, some = places_of(poses), from_the_front(poses, config.front)
     if len(some) < config.batch:
         raise UserError(f"--front {config.front}: {len(some)} photos are taken from there, too few")
     run = Run(config.out, "image_gan", config, [f.name for f in fields(Config) if f.name not in FREE])

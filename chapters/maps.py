@@ -192,6 +192,11 @@ class ViewReader(nn.Module):
         return self.layers(pictures.permute(0, 3, 1, 2) * 2 - 1)
 
 
+def places_of(poses):
+    """Where cameras (...,4,4) stand: directions (...,3)"""
+    return F.normalize(poses[..., :3, 3], dim=-1)
+
+
 def doubled(places):
     """Where cameras are (...,3) -> cosine and sine of twice their azimuth"""
     azimuth = torch.atan2(places[..., 1], places[..., 0])

@@ -11,11 +11,12 @@ begin with pictures of pure noise, at cameras around nothing.  At each step G gu
 renderings are the pictures that the noise moves towards.  The last guess is the object.
 
 Photos of one object must be known to belong together.  With `--views 1` only one is noised, as in
-RenderDiffusion: then what is behind is guessed from one side.
+RenderDiffusion: then what is behind is guessed from one side.  (The loss still sees the others' pixels, which
+RenderDiffusion does without.)
 
 in   data/earphones_train/       photos and cameras
 out  runs/render_diffusion/      last.pt, log.jsonl, curve.png, volumes.pt, samples.png, steps.png
-run  python -m chapters.render_diffusion                         one core: 18 min, then 5 to sample (row L6)
+run  python -m chapters.render_diffusion                         one core: 18 min, then 4 to sample (row L6)
      python -m chapters.render_diffusion --views 1 --out runs/one_view
      python -m lab.evaluate --rows runs/render_diffusion         in the lab's table
 read Pictures, main.
@@ -137,6 +138,8 @@ def main(argv=None):
     train = torch.arange(count - config.holdout_views)
     palettes, extents = photos.measured(train)
     run = Run(config.out, "render_diffusion", config, [f.name for f in fields(Config) if f.name not in FREE])
+    if config.rays < min(config.batch_objects, len(photos.names)):
+        raise UserError(f"--rays {config.rays}: at least one for each of a step's objects")
     torch.manual_seed(config.seed)
     network = Pictures(config).to(device)
     average = copy.deepcopy(network).requires_grad_(False)
