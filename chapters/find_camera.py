@@ -1,5 +1,5 @@
 """
-A chapter on stage 1: where was the camera?  One photo of a new object, and nothing else known.
+A chapter on stage 1: where was the camera?  One photo of a new object; its lens is known (or guessed).
 
     min over azimuth, elevation, distance, shift, code    | render(G(code), camera) - photo |^2
 
@@ -8,8 +8,9 @@ training objects are seen from 216 sides, and their silhouettes, cut out and mad
 with the photo's.  The best eight that differ go on together, downhill in camera and code at once.  The one
 that explains the photo best is the answer.  The camera is taken to be level: people hold cameras level.
 
-What cannot be told from one photo counts apart.  Earphones are symmetric, left and right, so the mirrored
-camera sees the same, in a mirror; and from afar front and back have silhouettes that are mirror images.
+Errors that one photo cannot reveal are counted separately.  Earphones are symmetric, left and right, so the
+mirrored camera sees the same, in a mirror.  From afar front and back have silhouettes that are mirror images,
+and after half a turn a headphone looks much as before.
 
 in   runs/diffusion and runs/autodecoder, or the model in the box; photos with cameras, to compare with
 out  runs/find_camera/     cameras.txt
@@ -81,7 +82,7 @@ def find_camera(model, denoiser, rgb, mask, around, steps=100, most=8):
     seen, middle, size = silhouettes(mask[None])
     both = shapes @ seen[0]
     overlap = both / (shapes.sum(1) + seen.sum() - both)                       # intersection over union
-    # The best view of each object and side of it, so that the few that go on differ
+    # The best candidate for each side, so that the few that go on differ
     chosen = []
     for k in overlap.argsort(descending=True).tolist():
         turned = lambda j: (angles[k, 0] - angles[j, 0]).cos() > 0.7
@@ -131,13 +132,16 @@ def apart(a, b):
 
 
 MIRRORS = {"left and right": torch.diag(torch.tensor([-1.0, 1, 1])),
-           "front and back": torch.diag(torch.tensor([1.0, -1, 1]))}
+           "front and back": torch.diag(torch.tensor([1.0, -1, 1])),
+           "half a turn": torch.diag(torch.tensor([-1.0, -1, 1]))}             # both mirrors: a real rotation
 
 
 def mirror_images(rotation):
     """A camera's rotation (3,3) -> {mirror: that of the camera that sees the mirrored object, mirrored}"""
-    flip = torch.diag(torch.tensor([-1.0, 1, 1]))                     # and x in the picture
-    return {name: M @ rotation @ flip for name, M in MIRRORS.items()}
+    # A mirror also flips x in the picture; two mirrors flip it back
+    flip = torch.diag(torch.tensor([-1.0, 1, 1]))
+    return {name: M @ rotation @ (flip if torch.linalg.det(M) < 0 else torch.eye(3))
+            for name, M in MIRRORS.items()}
 
 
 def read_one(path, size):
@@ -187,7 +191,7 @@ def main(argv=None):
         errors.append([wrong[key] for key in ("", *MIRRORS)])
         nearest = min(wrong, key=wrong.get)
         lines.append(f"{name}  {wrong['']:5.1f} degrees  {seen:.1f} dB"
-                     + f"  nearer to the mirror image, {nearest}" * bool(nearest))
+                     + f"  {nearest} confused" * bool(nearest and wrong[nearest] < 15))
         print(lines[-1], flush=True)
     errors = torch.tensor(errors)
     direct = errors[:, 0] < 15
