@@ -20,7 +20,7 @@ by a label.  Then it guides those samples away from that label, towards photos (
 in   data/earphones_train; stages 1 and 2, or the model in the box
 out  runs/distill/            last.pt, log.jsonl, curve.png, janus.txt, janus.png, mended.png, volumes.pt;
      runs/distill/mended/     latents.pt: stage 2's first samples after post-optimisation, a row for the lab
-run  python -m chapters.distill                                          one core: 22 min (row L7)
+run  python -m chapters.distill                                          one core: 23 min (row L9)
      python -m lab.evaluate --rows runs/distill runs/distill/mended      in the lab's table
 read imagined, distilled, contrast, mended, main; and PictureDenoiser in maps.py.
 """
