@@ -109,7 +109,7 @@ def test_answers_for_unseen_objects(data, denoised, tmp_path, capsys):
         few_views.main([*flags, "--views", views, *more])
         said = capsys.readouterr().out
         assert "2 unseen objects" in said and f"{views} photos each" in said
-        assert "better than fit_codes" in said
+        assert "Ours less fit_codes" in said and "without diffusion" in said
         assert (tmp_path / f"views_{views}.png").exists()
         text = (tmp_path / f"views_{views}.txt").read_text()
         assert all(name in text for name in ("ours", "fit_codes", "nearest training object"))
