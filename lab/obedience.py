@@ -99,7 +99,8 @@ def main(argv=None):
     device = pick_device(config.device)
     model, names, denoiser = load_denoiser(config.prompt, device, config.autodecoder, prompt.Config,
                                            prompt.PromptDenoiser)
-    if not training_cells(names, model.config.data):
+    cells = training_cells(names, model.config.data)
+    if not cells:
         raise UserError("the training objects are not those of earphones.py, which the reader knows")
     run = Run(config.cache, "fresh", config, (), "fresh.json", stale=())
     run.lock.close()
@@ -116,7 +117,7 @@ def main(argv=None):
 
     # Ours: `count` samples of each prompt, from the same seeds
     texts, wanted, _ = descriptions(config.prompts)
-    known = torch.isin(cell_of(wanted), torch.tensor(training_cells(names, model.config.data)))
+    known = torch.isin(cell_of(wanted), torch.tensor(cells))
     training = latents_of(model, model.codes)
     whole = see_volumes(model, training, config)["piece"] > 0.95
     seeds, group = range(config.seed, config.seed + config.count), torch.arange(len(texts))
