@@ -14,8 +14,9 @@ The nearest word has no gradient.  So the decoder's gradient is handed to the en
 vector itself ("straight through"), the vector is drawn to its word, and the word to the mean of its vectors.
 
 in   runs/autodecoder/last.pt        stage 1; without it the model in the box
+     data/earphones_test/            unseen objects: how well does the transformer guess their tokens?
 out  runs/autoregressive/            last.pt, log.jsonl, curve.png, latents.pt, samples.png, report.txt;
-                                     completed.png: an object, itself from its tokens, six completions
+                                     bits.txt; completed.png: objects, the same from tokens, six completions
 run  python -m chapters.autoregressive                          two CPU cores: 11 min (row L2)
      python -m lab.evaluate --rows runs/autoregressive           in the lab's table
 read Codebook, Transformer, drawn, main.
@@ -23,16 +24,20 @@ read Codebook, Transformer, drawn, main.
 import math
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autodecoder import fast_precision, learning_rate_share, load_autodecoder, plot_log, unfold_children
+from autodecoder import (fast_precision, fit_codes, learning_rate_share, load_autodecoder, plot_log,
+                         unfold_children)
 from chapters.families import improve, record, resume, to_learn, with_box, write_samples
 from chapters.maps import Words
-from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
+from common import (Run, UserError, command, grid, parse_config, pick_device, save_picture, save_text,
+                    to_bytes)
 from diffusion import latents_of
+from shapes.packed import read_photos
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views
 
 
@@ -40,6 +45,9 @@ from volume_render import ANGLES, SIZE, cameras, psnr, render_views
 class Config:
     autodecoder: str = "runs/autodecoder"  # stage 1's folder
     out: str = "runs/autoregressive"     # folder for the model, the log and the samples
+    unseen: str = "data/earphones_test"  # photos of objects that nobody was trained on, to measure by
+    objects: int = 24                    # how many of those; 0: all
+    fit_steps: int = 250                 # gradient steps to find their codes (at least 1)
     recombinations: int = 4096           # codes to learn from (at least 1)
     words: int = 1024                    # in the codebook (at least 2)
     channels: int = 64                   # of the encoder and decoder; a word has as many numbers (at least 1)
@@ -60,8 +68,9 @@ class Config:
 
 PRESETS = {"cpu": {}, "gpu": dict(steps=20000, width=384, layers=8),
            "smoke": dict(recombinations=32, words=16, channels=8, width=16, layers=1, first_steps=4, steps=4,
-                         batch=4, count=2, save_every=2, log_every=2)}
-FREE = ("out", "device", "log_every", "save_every", "fresh", "count", "temperature")
+                         batch=4, count=2, objects=2, fit_steps=2, save_every=2, log_every=2)}
+FREE = ("out", "device", "log_every", "save_every", "fresh", "count", "temperature", "unseen", "objects",
+        "fit_steps")
 
 
 class Codebook(nn.Module):
@@ -136,6 +145,18 @@ def drawn(transformer, given, length, generator, temperature):
     return tokens
 
 
+def codes_of_unseen(model, config):
+    """Codes found from eight photos of each object in --unseen (W,...), or None if there are no photos"""
+    if not Path(config.unseen).is_dir():
+        print(f"no photos in {config.unseen}: nothing is measured on unseen objects")
+        return None
+    photos = read_photos(config.unseen, model.config.size, config.objects)
+    count = photos.rgb.shape[1]
+    views = torch.linspace(0, count - 1, min(8, count)).round().long()
+    print(f"fitting the codes of {len(photos.names)} unseen objects to {len(views)} photos each", flush=True)
+    return fit_codes(model, photos, views, config.fit_steps)
+
+
 def main(argv=None):
     config = parse_config(Config, PRESETS, with_box(argv, Config))
     device = pick_device(config.device)
@@ -145,8 +166,7 @@ def main(argv=None):
         raise UserError(f"{config.autodecoder}: a latent of even side, of at least 3 objects, is wanted")
     run = Run(config.out, "autoregressive", config, [f.name for f in fields(Config) if f.name not in FREE])
 
-    # The objects' own latents measure how likely the transformer finds what it never saw
-    data, kept, to_latents = to_learn(model, config)
+    data, to_numbers, to_latents = to_learn(model, config)
     own = latents_of(model, model.codes)
     read = lambda tokens: to_latents(torch.cat([codebook.decoder(codebook.spell(part))
                                                 for part in tokens.split(64)]))
@@ -187,9 +207,15 @@ def main(argv=None):
             record(run, model, networks, optimizers, step, total, numbers)
 
     transformer.eval()
+    unseen = codes_of_unseen(model, config)
     with torch.no_grad():
-        mine, generator, began = write(kept), torch.Generator().manual_seed(config.seed), time.time()
-        held = bits(mine).item()
+        # The transformer read mixtures alone.  How well does it guess the tokens of the objects themselves?
+        mine, generator = write(to_numbers(own)), torch.Generator().manual_seed(config.seed)
+        guessed = f"{bits(mine).item():.2f} bits for each token of the training objects"
+        if unseen is not None:
+            theirs = write(to_numbers(latents_of(model, unseen)))
+            guessed += f", {bits(theirs).item():.2f} of {len(unseen)} unseen ones"
+        began = time.time()
         latents = read(drawn(transformer, mine.new_zeros(config.count, 0), length, generator,
                                    config.temperature))
         seconds = (time.time() - began) / config.count
@@ -207,9 +233,9 @@ def main(argv=None):
         rows = [torch.stack([given[k], spelled[k], *made[6 * k:6 * k + 6]]) for k in range(len(some))]
         save_picture(run.folder / "completed.png", grid(to_bytes(torch.cat(rows)), 8))
     plot_log(run.folder, "bits for each token", bits="transformer")
-    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, completed.png.  {held:.2f} bits for each "
-          f"of the objects' own tokens; completions keep the lower half to {sum(known) / len(known):.1f} dB "
-          "(row L2: 6.28 bits, 24.3 dB)")
+    save_text(run.folder / "bits.txt", guessed + "\n")
+    print(f"wrote {run.folder}: last.pt, latents.pt, samples.png, completed.png.  {guessed}; completions "
+          f"keep the lower half to {sum(known) / len(known):.1f} dB (row L2: 6.3, 7.6 bits, 24 dB)")
 
 
 if __name__ == "__main__":

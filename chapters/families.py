@@ -48,15 +48,16 @@ def with_box(argv, Config):
 
 
 def to_learn(model, config):
-    """-> what a family learns from: recombined codes' latents (P,C,r,r,r), normalised, of mean square 1; the
-    objects' own, alike; and a function that makes latents of such numbers"""
+    """-> what a family learns from: recombined codes' latents (P,C,r,r,r), normalised, of mean square 1; a
+    function that makes such numbers of latents, and one that makes latents of such numbers"""
     own, norm = latents_of(model, model.codes), RobustNorm(latents_of(model, model.codes[:1]).shape[1:])
     norm.to(own.device).fit(own)
     generator = torch.Generator().manual_seed(config.seed)
     codes = recombined(model, config.recombinations, generator, Stage2())
     data = norm.normalize(latents_of(model, codes))
     scale = data.square().mean().sqrt()
-    return data / scale, norm.normalize(own) / scale, lambda numbers: norm.undo(numbers * scale)
+    return (data / scale, lambda latents: norm.normalize(latents) / scale,
+            lambda numbers: norm.undo(numbers * scale))
 
 
 class AsVolumes:

@@ -32,7 +32,7 @@ from chapters.families import (AsVolumes, follow, improve, pictures_apart, recor
                                write_volumes)
 from chapters.maps import Block2d, Maker, Words, as_map, as_vectors
 from common import Run, UserError, command, grid, parse_config, pick_device, save_picture, to_bytes
-from diffusion import noise_of
+from diffusion import latents_of, noise_of
 from volume_render import ANGLES, SIZE, cameras, psnr, render_views, voxel_opacity
 
 
@@ -176,10 +176,10 @@ def main(argv=None):
     run = Run(config.out, "hierarchy", config, [f.name for f in fields(Config) if f.name not in FREE])
 
     # What to learn from: the volumes of recombined codes.  The objects' own measure the autoencoder
-    data, own, to_latents = to_learn(model, config)
+    data, _, to_latents = to_learn(model, config)
     with torch.no_grad():
-        data, own = (torch.cat([model.to_volume(part).half() for part in to_latents(some).split(8)])
-                     for some in (data, own))
+        data, own = (torch.cat([model.to_volume(part).half() for part in some.split(8)])
+                     for some in (to_latents(data), latents_of(model, model.codes)))
     own, N, maps, total = own.float(), own.shape[-1], None, config.first_steps + config.steps
     if N % 8 or len(names) < 3:
         raise UserError(f"{config.autodecoder}: 8, 16, 32, ... voxels a side, and 3 objects, are wanted")

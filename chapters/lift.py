@@ -154,7 +154,8 @@ def main(argv=None):
     run = Run(config.out, "lift", config, [f.name for f in fields(Config) if f.name not in FREE])
 
     # Pairs of photos and latents: made ones, and the training objects' own (but for the held-out views)
-    made, own, to_latents = to_learn(model, config)
+    made, to_numbers, to_latents = to_learn(model, config)
+    own = to_numbers(latents_of(model, model.codes))
     train = max(count - model.config.holdout_views, 1)
     generator, K = torch.Generator().manual_seed(config.seed), photos.intrinsics.clone()
     rgb, poses = made_photos(model, to_latents(made), photos.pose[:, :train].flatten(0, 1), K[0], size,

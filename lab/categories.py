@@ -14,9 +14,8 @@ decoder shows them, are the ceiling.
 in   runs/categories_diffusion/  the chapter's model; and photos of unseen objects, made with the others
 out  runs/lab_categories/        tables.md, tables.json, figure.png (guidance weight against both)
 run  python -m lab.categories
-read teach, judged, main.
+read taught, judged, main.
 """
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from chapters.prompt import asked
 from common import Run, UserError, command, parse_config, pick_device, save_figure, save_text
 from diffusion import latents_of, load_denoiser, nearest
 from lab.evaluate import markdown, see_volumes
-from lab.fresh import PIXELS, Reader, blurred, unseen_photos
+from lab.fresh import PIXELS, Reader, blurred, teach, unseen_photos
 from lab.metrics import chamfer
 from sample import is_copy, save_json
 from shapes.packed import read_photos
@@ -54,25 +53,20 @@ class Config:
 PRESETS = {"cpu": {}, "gpu": {}, "smoke": dict(count=2, points=64, reader_steps=10, weights=(1.0, 2.0))}
 
 
-def teach(photos, labels, known, config, run):
+def taught(photos, labels, known, config, run):
     """-> a network that names the category of an object from four photos, trained on the objects `known`"""
     torch.manual_seed(config.seed)
     reader = Reader()
     reader.answer = nn.Linear(reader.answer.in_features, len(CATEGORIES))
-    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
-    for step in range(config.reader_steps):
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / config.reader_steps))
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+
+    def loss_of(generator):
         # Four photos from anywhere, sharp or blurred, because renderings of our volumes are blurred
         chosen = known[torch.randint(len(known), (16,), generator=generator)]
         views = torch.rand(16, photos.rgb.shape[1], generator=generator).argsort(1)[:, :4]
         side = int(torch.randint(14, PIXELS + 1, (), generator=generator))
         pictures = blurred(photos.rgb[chosen[:, None], views].float() / 255, side)
-        loss = F.cross_entropy(reader.answer(reader.features(pictures)), labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.progress("reader", step + 1, config.reader_steps, f"loss {loss.item():.3f}")
+        return F.cross_entropy(reader.answer(reader.features(pictures)), labels[chosen])
+    teach(reader, loss_of, config, run)
     return reader.eval().requires_grad_(False)
 
 
@@ -109,7 +103,7 @@ def main(argv=None):
             raise UserError(f"{folder} holds too few {one}: some to learn from, some to measure by")
     if not asked_for or photos.rgb.shape[1] < 4:
         raise UserError("wanted: two training objects of a category, four photos of each unseen object")
-    reader = teach(photos, labels, learnt, config, run)
+    reader = taught(photos, labels, learnt, config, run)
     training = latents_of(model, model.codes)
     known = see_volumes(model, training, config)
     true = torch.tensor([CATEGORIES.index(one) for one in of])

@@ -183,10 +183,8 @@ def teach_reader(config, run, device):
     numbers = range(72, 72 + config.readings)
     seen = see_objects(run.folder / "readings.pt", "test", numbers, config, 4, 0, run)
     rgb, labels, colours = (seen[key].to(device) for key in ("rgb", "true labels", "colours"))
-    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
-    for step in range(config.reader_steps):
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / config.reader_steps))
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+
+    def loss_of(generator):
         chosen = torch.randint(len(rgb), (16,), generator=generator)
         side = int(torch.randint(14, PIXELS + 1, (), generator=generator))
         pictures = blurred(rgb[chosen].float() / 255, side)
@@ -195,11 +193,21 @@ def teach_reader(config, run, device):
         loss = 20 * F.mse_loss(colour, colours[chosen].float())
         for k, logits in enumerate(factors):
             loss = loss + F.cross_entropy(logits, labels[chosen, k])
+        return loss
+    teach(reader, loss_of, config, run)
+    return reader.state_dict()
+
+
+def teach(reader, loss_of, config, run):
+    """Gradient steps downhill in loss_of, which draws its pictures by a generator"""
+    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
+    for step in range(config.reader_steps):
+        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / config.reader_steps))
+        loss = loss_of(torch.Generator().manual_seed(config.seed * 1_000_003 + step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.progress("reader", step + 1, config.reader_steps, f"loss {loss.item():.3f}")
-    return reader.state_dict()
 
 
 @torch.no_grad()

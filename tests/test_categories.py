@@ -106,5 +106,5 @@ def test_obedience_is_counted(several, drawn, tmp_path, capsys):
     labels = torch.tensor([categories.CATEGORIES.index(name.split("_")[0]) for name in photos.names])
     config = lab.Config(reader_steps=60, out=str(tmp_path))
     run = lab.Run(tmp_path, "reader", config, (), "reader.json", stale=())
-    reader = lab.teach(photos, labels, torch.tensor([0, 1, 3, 4]), config, run)
+    reader = lab.taught(photos, labels, torch.tensor([0, 1, 3, 4]), config, run)
     assert (lab.read_as(reader, photos.rgb[:, :4]) == labels).sum() >= 5

@@ -141,6 +141,17 @@ def test_the_transformer_sees_no_later_token():
     assert whole.shape == (1, 6) and torch.equal(whole[:, :3], tokens[:, :3])
 
 
+def test_bits_are_measured_on_unseen_objects_too(data, trained, tmp_path, capsys):
+    flags = ["--preset", "smoke", "--autodecoder", str(trained), "--out", str(tmp_path / "run"), "--device",
+             "cpu", "--unseen"]
+    autoregressive.main([*flags, str(data / "earphones_train")])
+    said = (tmp_path / "run/bits.txt").read_text()
+    assert "2 unseen" in said and said.strip() in capsys.readouterr().out
+    autoregressive.main([*flags, str(tmp_path / "nothing")])
+    assert "nothing is measured on unseen" in capsys.readouterr().out
+    assert (tmp_path / "run/bits.txt").read_text() == said.split(",")[0] + "\n"      # the rest is the same
+
+
 # ---- all ----
 
 @pytest.mark.parametrize("chapter, more", [
