@@ -8,7 +8,7 @@ direction in which noised latents become more likely (Tweedie's formula).  From 
 latent, and G2 makes an object of that.  Four choices are made on this page:
 
     guess         D(x, sigma) = G1(network(x, sigma)).  The network guesses a *code*, and stage 1's frozen G1
-                  makes the latent.  So whatever is guessed is something that the decoder knows: no specks
+                  makes the latent.  So whatever is guessed is a code's latent, and few specks remain
     recombine     A perfect denoiser of 72 latents returns those 72.  So ours learns from recombined codes:
                   the shape of neighbours, the colours of another object, a little wider or taller
     levels        Up to sigma = 12 a perfect denoiser still recognises the object.  The choice between objects

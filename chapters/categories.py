@@ -131,7 +131,7 @@ def main(argv=None):
     write_gallery(out / "viewer.html", model, names, shown, labels, denoiser,
                   (config.first, config.first + 1))
     print(f"wrote {out}: sheet.png, viewer.html.  {sum(right)} of {len(right)} samples have a nearest "
-          "training object of the category that was asked for (row K1)")
+          "training object of the category that was asked for (the lab reads pictures: row K1)")
 
 
 if __name__ == "__main__":

@@ -209,24 +209,35 @@ def shade_paint(f):
     return paint
 
 
+def legs(f, hub, reach, half):
+    """Three of them, to the floor: the mirror image of the second is the third"""
+    ends = [(angle, hub + [reach * np.cos(angle), -hub[1], reach * np.sin(angle)])
+            for angle in (np.pi / 2, -np.pi / 6)]
+    return [bar(hub, end, (half, half), wood(f), 2, UP, copies=1 if angle > 1 else 2) for angle, end in ends]
+
+
 def lamp(f):
     tall, scale = lerp(.95, 1.45, f["height"]), lerp(.85, 1.15, f["width"])
     half, foot = lerp(HALF, .10, f["thick"]), lerp(.34, .5, f["depth"])
     skin = "pad", f["pad"], shade_paint(f)
     if f["style"] == "desk":                           # two arms and a small shade that looks down
         elbow, head = np.array([0, .62 * tall, -lerp(.2, .5, f["lean"])]), np.array([0, tall, .5])
+        bell = [(0, .2), (half, .2), (foot * .6, .12), (foot * .75, 0), (foot * .75, -.07), (0, -.07)]
         disc = [(0, .07), (foot * .9, .07), (foot, 0), (foot, -.07), (0, -.07)]
-        parts = [lathe(disc, 8, 24, wood(f), 0, -.1),
-                 bar((0, 0, -.1), elbow, (half, half), metal(f), 2, copies=1),
+        stand = (legs(f, np.array([0, .22, -.1]), foot, half) if f["part"] == "tripod" else
+                 [lathe(bell if f["part"] == "vase" else disc, 8, 24, wood(f), 0, -.1)])
+        low = .22 if f["part"] == "tripod" else 0
+        parts = [*stand, bar((0, low, -.1), elbow, (half, half), metal(f), 2, copies=1),
                  bar(elbow, head, (half, half), metal(f), 2, copies=1)]
         return parts + [shade(SHADES["cone"], .62 * scale, skin, head[1] - .12, head[2] + .05)]
-    parts = [shade(SHADES[f["style"]], scale, skin, tall)]
+    # A bar across the shade, from wall to wall, carries it
+    reach = {"cone": .48, "drum": .53, "globe": .55}[f["style"]] * scale - .05
+    parts = [shade(SHADES[f["style"]], scale, skin, tall),
+             bar((-reach, tall - .04, 0), (reach, tall - .04, 0), (HALF, HALF), metal(f), 2, UP, copies=1)]
     if f["part"] == "tripod":
         hub = np.array([0, .55 * tall, 0])
-        for angle in (np.pi / 2, -np.pi / 6):          # the mirror image of the second is the third
-            end = np.array([foot * 1.3 * np.cos(angle), 0, foot * 1.3 * np.sin(angle)])
-            parts.append(bar(hub, end, (half, half), wood(f), 2, UP, copies=1 if angle > 1 else 2))
-        return parts + [bar(hub - [0, .1, 0], (0, tall, 0), (half, half), metal(f), 2, copies=1)]
+        return [*parts, *legs(f, hub, foot * 1.3, half),
+                bar(hub - [0, .1, 0], (0, tall, 0), (half, half), metal(f), 2, copies=1)]
     if f["part"] == "vase":
         belly = lerp(.22, .36, f["shape"])
         profile = [(0, .72 * tall), (half, .72 * tall), (half, .6 * tall), (belly, .42 * tall),
