@@ -61,7 +61,7 @@ class Config:
     # photos that nobody took
     recolour: float = 0.5                # objects in another's colours, share at the first step (from 0 to 1)
     stretched: float = 0.5               # and share of stretched objects.  Both fall to 0 (from 0 to 1)
-    stretch: float = 0.14                # log of the largest stretch along an axis (from 0.01 to 1)
+    stretch: float = 0.14                # log of the largest, before the diagonal is 1 again (from 0.01 to 1)
     # training
     steps: int = 6000                    # gradient steps (at least 1)
     batch_objects: int = 8               # objects in a step (at least 1)

@@ -177,7 +177,8 @@ def set_name(config):
     """Of a set of procedural objects.  ShapeNet's chairs may stand beside ours"""
     if list(config.category) == ["earphones"]:
         return "earphones"
-    return "our-all" if set(config.category) == set(ALL) else f"our-{'-'.join(config.category)}"
+    some = [one for one in ALL if one in config.category]                  # in whatever order they were named
+    return "our-all" if some == list(ALL) else f"our-{'-'.join(some)}"
 
 
 def models_folder(config):
@@ -222,7 +223,7 @@ def shapenet_jobs(config):
     print(f"ShapeNet models of {folder}")
     synset = folder.resolve().name if re.fullmatch(r"\d{8}", folder.resolve().name) else config.synset
 
-    # The names alone decide which models are held out.  A random choice, or the order of the files, would
+    # The names of all models decide which are held out.  A random choice, or the order of the files, would
     # hold out other models on another machine.  A hash of the name (crc32) gives an order that looks random
     # and is the same everywhere
     found = sorted((model.name, path) for model, path in zip(models, paths) if path)
@@ -276,7 +277,7 @@ def render_object(job, folder, config, device):
             if (model / "factors.json").is_file():
                 shutil.copy(model / "factors.json", temporary / "factors.json")
     except NothingSeen:
-        return mesh.notes, f"{path}: no camera sees it"
+        return mesh.notes, f"{path}: too few cameras see it"
     return mesh.notes, None
 
 
@@ -350,7 +351,9 @@ def make_missing(folder):
             stopped = json.loads(path.with_name("earphones.json").read_text()) == ours
     if stopped or not path.exists():
         print(f"{folder} is not {'whole' if path.exists() else 'there'}: making it, by render_shapenet.py")
+        knobs = command.knobs                          # want of memory must name the caller's, not these
         main([])
+        command.knobs = knobs
 
 
 def main(argv=None):
@@ -358,6 +361,8 @@ def main(argv=None):
     config = parse_config(Config, argv=argv)
     if config.holdout and not config.shapenet:
         raise UserError("--holdout keeps ShapeNet's models aside: it goes with --shapenet")
+    if config.synset != Config.synset and not config.shapenet:
+        raise UserError("--synset chooses among ShapeNet's categories: it goes with --shapenet")
     if "all" in config.category:
         config.category = ALL
     if len(set(config.category)) < len(config.category):
@@ -388,6 +393,11 @@ def main(argv=None):
     made = not recipe.is_file() or '"shapenet": ""' in recipe.read_text(errors="replace")
     stale = [*splits.values(), *([models_folder(config)] if made and not config.shapenet else [])]
     run = Run(config.out, "render_shapenet", source, RECIPE, recipe.name, stale)
+    for (split, name, _), folder in zip(jobs, folders):
+        other = Path(config.out, splits["test" if split == "train" else "train"], name)
+        if other.is_dir() and config.shapenet and not config.fresh:
+            raise UserError(f"{other} is there, from a run that found other models; --holdout now puts that "
+                            f"one into {folder.parent}: start over with --fresh")
 
     skipped, done = [], 0
     with run:
@@ -424,7 +434,7 @@ def main(argv=None):
     print(f"found {len(jobs)} models: {len(jobs) - len(todo)} were rendered already, "
           f"{len(todo) - len(skipped)} now, {len(skipped)} skipped{why}")
     if not train.is_dir():
-        raise UserError(f"no photos were made: see above why each of the {len(jobs)} models was skipped")
+        raise UserError(f"no photos to train on were made: see above why, of {len(jobs)} models")
     contact_sheet(train, train.with_suffix(".png"))
     whole = len(jobs) - len(skipped)
     print(judge(config, FREE, f"{whole} objects", whole, 144, 144, "what was skipped, above"))

@@ -40,6 +40,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,8 +119,10 @@ def exchanged(codes, model, names, denoiser, config):
         shape = code_of(config.shape_of, model, names, denoiser, config)
         codes[:, :wide], codes[:, -3:] = shape[:wide], shape[-3:]
 
-    # A stretch is a logarithm, in units of the largest that stage 1 has shown
+    # A stretch is a logarithm, in units of stage 1's knob.  Without stretched objects nothing has learned it
     factors = torch.tensor(config.stretch, device=codes.device)
+    if not model.config.stretched and (factors != 1).any():
+        raise UserError("--stretch: this autodecoder was trained without stretched objects (--stretched 0)")
     codes[:, -3:] += factors.log() / model.config.stretch
     return codes
 
@@ -314,9 +317,17 @@ def main(argv=None):
     print(text)
     copies = sum(row["copy"] for row in rows["samples"]) / config.count
     print(judge(config, FREE, f"copies {copies:.0%}", copies, 0, 0.02, "README.md"))
-    earlier = (out / "report.json").exists()
+
+    # Those who have trained a model on the same objects want to see whether it is as good as the one in the
+    # box.  Beside other objects' samples the box's would mean nothing
+    own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
+    own = own and not BOX.samefile(Path(config.diffusion).parent)
+    own = own and set(names) <= set(load_autodecoder(BOX / "autodecoder")[1])
+    wrote, earlier = ["figure3.png"] * (config.views > 0) + ["beside.png"] * own, {}
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        earlier = dict(json.loads((out / "report.json").read_text()))
     save_text(out / "report.txt", text + "\n")
-    save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows})
+    save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows, "wrote": wrote})
 
     # Numbers can mislead, so look: each sample stands beside its nearest training objects
     views = render_views(model, latents, cameras(ANGLES), SIZE)
@@ -324,11 +335,6 @@ def main(argv=None):
     save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, names))
     save_picture(out / "swaps.png", swaps(model))
 
-    # Those who have trained a model on the same objects want to see whether it is as good as the one in the
-    # box.  Beside other objects' samples the box's would mean nothing
-    own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
-    own = own and not BOX.samefile(Path(config.diffusion).parent)
-    own = own and set(names) <= set(load_autodecoder(BOX / "autodecoder")[1])
     if own:
         save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
 
@@ -345,8 +351,8 @@ def main(argv=None):
     for old in (out / "views").glob("seed_*"):
         if re.fullmatch(r"seed_\d{6,}", old.name) and old.name not in new:
             shutil.rmtree(old, ignore_errors=True)
-    for name, is_new in (("figure3.png", config.views), ("beside.png", own)):
-        if earlier and not is_new:
+    for name in ("figure3.png", "beside.png"):
+        if name not in wrote and name in (earlier.get("wrote") or ()):
             (out / name).unlink(missing_ok=True)
 
     # A page with the first eight samples.  From the seeds' own codes, with nothing exchanged: the first one's

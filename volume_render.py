@@ -259,9 +259,9 @@ def draw_pipeline(model, photos, path, o=0):
     side = math.ceil(len(code) ** 0.5)
     square = F.pad(code, (0, side * side - len(code))).view(side, side)
 
-    # Rows of a picture run downwards and Z runs upwards, so slices of volumes are flipped
+    # Rows of a picture run downwards, Z (and Y, from above) upwards: so slices of volumes are flipped
     panels = [("code e", square, "RdBu"),
-              ("latent G1(e)\none channel, one slice", latent[0, 0, latent.shape[2] // 2].flip(0), "RdBu"),
+              ("latent G1(e)\none channel, from above", latent[0, 0, latent.shape[2] // 2].flip(0), "RdBu"),
               ("volume G2(G1(e))\ndensest along y", opacity.amax(1).flip(0), "Greys"),
               ("rendered", rgb.clamp(0, 1), None), ("its depth", depth_picture(depth, alpha), None),
               ("photo, held out", photos.rgb[o, -1].float() / 255, None)]

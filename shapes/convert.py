@@ -25,6 +25,7 @@ import shutil
 import struct
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def find_object(scene, views, silhouettes):
 
 
 def aim(pose):
-    """The camera turned on the spot, so that the origin is in the middle and the horizon stays level"""
+    """The camera turned on the spot, by the least that brings the origin into the middle"""
     forward = -pose[:3, 3] / pose[:3, 3].norm()
     right = pose[:3, 0] - (pose[:3, 0] @ forward) * forward
     right = right / right.norm()
@@ -332,6 +333,8 @@ def convert(scene, model, config, folder):
              and project(points, view)[1].double().mean() > 0.98][:config.views or None]
     if not whole:
         raise UserError(f"{scene}: each photo cuts off a part of the object")
+    if len(whole) < config.views:
+        raise UserError(f"{scene}: {len(whole)} photos can be used, and --views {config.views} are wanted")
     poses = torch.stack([aim(view.pose) for view in whole])
     seen = (points - poses[:, None, :3, 3]) @ poses[:, :3, :3]                         # (V,N,3)
     f = (FILL * config.size / 2 / (seen[..., :2].abs() / seen[..., 2:].clamp(min=0.05)).max()).item()
@@ -349,6 +352,7 @@ def convert(scene, model, config, folder):
 
     transform = torch.eye(4, dtype=torch.float64)
     transform[:3, :3], transform[:3, 3] = s * R, -s * c
+    draw_cameras(folder.with_name(folder.name + ".png"), points, poses, rgb, f)
     with atomic_folder(folder) as temporary:
         write_intrinsics(temporary, K, config.size)
         for k, pose in enumerate(poses):
@@ -356,7 +360,6 @@ def convert(scene, model, config, folder):
         if not masks:                             # one made from colours would lack the object's own white
             shutil.rmtree(temporary / "mask")
         (temporary / "source_to_world.txt").write_text(numbers(transform) + "\n")
-    draw_cameras(folder.with_name(folder.name + ".png"), points, poses, rgb, f)
     distance = poses[:, :3, 3].norm(dim=-1)
     fewer = " (the others cut the object off, or are more than --views)" if len(whole) < len(views) else ""
     how = "masks from their alpha channels" if masks else "no masks: what is white is the background"
@@ -397,12 +400,12 @@ def draw_cameras(path, points, poses, rgb, f):
 def main(argv=None):
     # SRC and DST are the first two words; flags come after them
     argv = sys.argv[1:] if argv is None else argv
-    words = [word for word in argv[:2] if not word.startswith("-")]
+    words = list(takewhile(lambda word: not word.startswith("-"), argv[:2]))
     config = parse_config(Config, argv=[f"--{flag}={word}" for flag, word in zip(("src", "dst"), words)]
                           + argv[len(words):])
     source, out = Path(config.src), Path(config.dst)
     if not config.src or not config.dst:
-        raise UserError("python -m shapes.photos convert SRC DST is wanted  (--help lists the flags)")
+        raise UserError("python -m shapes.photos convert SRC DST is wanted, then flags  (--help lists them)")
     if not os.path.isdir(source):
         raise UserError(f"{source} is no folder")
 

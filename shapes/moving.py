@@ -12,7 +12,7 @@ same thing, as in a video of somebody who plays with their headphones.
 out  data/moving/films/<object>/   the SRN layout, a frame for each view.  factors.json: each frame's joints
                                    (fold right, fold left, swing, in degrees; slide, in world units).
                                    parts.npz: the parts' transforms (F,4,4,4), and which part a pixel shows
-                                   (F,H,W; 0: none)
+                                   (F,H,W: its number + 1; 0: none)
 run  python -m shapes.moving
 read joints_of, transforms_of, main.
 """
@@ -54,8 +54,8 @@ COLOURS = [(230, 80, 60), (70, 160, 70), (60, 110, 220), (240, 190, 40)]       #
 def factors_of(index, seed):
     """Headphones with a boom, in a yoke that a hinge can hold"""
     rng = np.random.default_rng((seed, 77, index))
-    at = next(k for k in range(6 * index, 6 * index + 6) if k % 6 < 4)
-    return earphones.draw_factors("train", at + int(rng.integers(4)), seed) | {"boom": True, "yoke": "arm"}
+    at = 6 * index + int(rng.integers(4))
+    return earphones.draw_factors("train", at, seed) | {"boom": True, "yoke": "arm"}
 
 
 def build(factors):
@@ -97,7 +97,7 @@ def joints_of(rng, config):
 def rotation(axis, degrees, pivot):
     """(4,4): a turn about an axis of the file's space (x: ears, y: up, z: front) through a pivot"""
     c, s, M = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), np.eye(4)
-    a, b = [k for k in range(3) if k != axis]
+    a, b = (axis + 1) % 3, (axis + 2) % 3
     M[a, a], M[b, b], M[a, b], M[b, a] = c, c, -s, s
     M[:3, 3] = pivot - M[:3, :3] @ pivot
     return M

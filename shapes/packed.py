@@ -125,7 +125,7 @@ def read_photos(folder, size, objects=0):
     found = objects_in(folder, size, objects)
     key, path = stamp(found, size), Path(folder, f".photos_{size}px_{len(found)}.bytes")
     def packed():
-        with suppress(UserError, ValueError, OSError):
+        with suppress(UserError, ValueError, OSError, KeyError, TypeError):     # of another version
             return map_photos(path, key)
     if photos := packed():
         return photos

@@ -301,6 +301,10 @@ def read_photo(path, size):
     """-> (H,W,3) on white, the alpha channel (H,W) where there is one, and the side in pixels
     as it stands in the file"""
     image, alpha = on_white(open_picture(path, "RGB"))
+    if str(path).lower().endswith((".jpg", ".jpeg")):
+        pixels = np.array(image)
+        pixels[(pixels >= WHITE).all(-1)] = 255     # else a JPEG's background would be taken for the object
+        image = Image.fromarray(pixels)
     return np.array(resize(image, size)), alpha and np.array(resize(alpha, size)), image.width
 
 

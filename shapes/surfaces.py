@@ -58,7 +58,7 @@ def outline(shape, theta):
 
 
 def turn(about_y, about_z):
-    """Rotation about z (a cup's top leans in), then about y (its front turns in)."""
+    """Rotation about z (a cup's top leans in), then about y (its front turns out)."""
     cy, sy, cz, sz = np.cos(about_y), np.sin(about_y), np.cos(about_z), np.sin(about_z)
     return np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
 

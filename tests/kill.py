@@ -1,7 +1,7 @@
 """
 Does a kill -9 at any moment cost more than time?  All stages, the viewer and the lab each run once
-undisturbed, and once killed at twenty random moments and started again by the same command; then all that
-they wrote is compared, bit for bit.  Not a test of CI: it takes a while.
+undisturbed, and once killed at twenty random moments and started again by the same command; then what they
+wrote (of stages 1 and 2 the checkpoint) is compared, bit for bit.  Not a test of CI: it takes a while.
 
     python tests/kill.py                 20 kills of each, and what came of them
     python tests/kill.py --times 5

@@ -1,9 +1,11 @@
 """What a second attack found: each line of it is a test that failed before."""
+import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,9 +118,20 @@ def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_pat
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
     short = ["--diffusion", str(denoiser), "--count", "2", "--steps", "2", "--device", "cpu"]
-    sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
+    for _ in range(2):                                         # the second finds what the first has written
+        sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
     export.main([*short, "--frames", "0", "--sheet", "0", "--resolution", "8", "--out", str(tmp_path / "e")])
     assert all(file.read_text() == "mine" for file in mine)
+
+
+def test_a_stretch_that_nothing_has_learned_is_refused(trained):
+    config = SimpleNamespace(shape_of="", colours_of="", stretch=(1.0, 1.0, 1.2))
+    model = SimpleNamespace(shapes=torch.zeros(2, 3), config=SimpleNamespace(stretched=0.5, stretch=0.5))
+    codes = sample.exchanged(torch.zeros(1, 9), model, [], None, config)
+    assert codes[0, :-1].eq(0).all() and codes[0, -1] == pytest.approx(2 * math.log(1.2))
+    model.config.stretched = 0.0
+    with pytest.raises(UserError, match="trained without stretched objects"):
+        sample.exchanged(torch.zeros(1, 9), model, [], None, config)
 
 
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):

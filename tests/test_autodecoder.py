@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import common
 import volume_render
 from common import UserError
 from conftest import SMOKE, train
-from shapes.packed import Photos, read_photos
+from shapes.packed import Photos, extent, read_photos
 
 ROOT = Path(__file__).parent.parent
 # ---- the model ----
@@ -77,8 +78,9 @@ def test_batches_are_the_photos(data):
         all_o, all_d = zip(*rays)
         all_o, all_d, rgb = torch.cat(all_o), torch.cat(all_d), photos.rgb[o].reshape(-1, 3)
         for r in range(0, 200, 9):
-            same = ((all_o - origins[b, r]).abs().sum(-1) + (all_d - directions[b, r]).abs().sum(-1)).argmin()
-            assert same < 4 * 32 * 32                            # of a training view
+            apart = (all_o - origins[b, r]).abs().sum(-1) + (all_d - directions[b, r]).abs().sum(-1)
+            same = apart.argmin()
+            assert apart[same] < 1e-5 and same < 4 * 32 * 32     # of a training view
             assert (rgb[same] / 255 - colour[b, r]).abs().max() < 1e-6
 
 
@@ -140,6 +142,14 @@ def test_extents_are_the_bounding_boxes(data):
     sides = photos.measured(torch.arange(6))[1]
     assert (sides.norm(dim=1) - 1).abs().max() < 0.15                                  # all have diagonal 1
 
+    # A box of known sides, from six cameras: what lies within all silhouettes is a little larger
+    box, K = torch.tensor([0.6, 0.2, 0.4]), common.intrinsics_at(64).float()
+    poses = volume_render.cameras([(0, 0), (90, 0), (180, 0), (270, 0), (0, 89), (0, -89)])
+    origins, directions = volume_render.camera_rays(poses, K[None], 64)
+    near, far = volume_render.cube(origins / box, directions / box)
+    larger = extent((near < far).view(6, 64, 64).byte() * 255, poses, K) - box
+    assert larger.min() > 0 and larger.max() < 0.06
+
 
 def test_a_code_is_shape_and_colours_and_stretch():
     model = stage.Autodecoder(replace(stage.Config(), channels=(16,), shape_width=5, colour_width=4), 3)
@@ -157,6 +167,44 @@ def test_without_masks_nothing_is_recoloured(data, tmp_path, capsys):
     stage.main([*SMOKE, "--data", str(tmp_path / "bare"), "--holdout_views", "2",
                 "--out", str(tmp_path / "run")])
     assert "has no masks" in capsys.readouterr().out
+
+
+# ---- the loss and the schedule ----
+
+def test_the_loss_by_hand():
+    """Nothing is there, so all is white and the opacity is 0"""
+    model, volume = SimpleNamespace(field=volume_render.voxel_field), torch.full((1, 4, 4, 4, 4), -30.0)
+    origins, directions = torch.tensor([[[0.0, 0, 2]] * 2]), torch.tensor([[[0.0, 0, -1], [0, 0.1, -1]]])
+    target, opacity = torch.tensor([0.5, 0.8])[None, :, None].expand(1, 2, 3), torch.tensor([[0.6, 0.0]])
+    config = replace(stage.Config(), samples=4, mask_weight=0.2)
+    for skip, masks, more, expected in ((False, True, None, 0.145 + 0.2 * 0.18), (True, False, None, 0.145),
+                                        (True, True, lambda rgb, target: (rgb - target).sum(), 2.281)):
+        loss, photo, alpha = stage.reconstruction_loss(model, volume, (origins, directions, target, opacity),
+                                                       config, None, skip, masks, more)
+        assert abs(loss - expected) < 1e-5 and abs(photo - 0.145) < 1e-5 and alpha < 1e-5
+
+
+def test_the_learning_rate_by_hand():
+    share = [stage.learning_rate_share(step, 100, 0.03) for step in (0, 2, 5, 50, 100)]
+    assert np.allclose(share, [0.2, 0.6 * 0.999043, 0.994029, 0.515, 0.03], atol=1e-6)
+
+
+def test_training_sees_no_held_out_photo_and_follows_its_schedule(data, tmp_path, monkeypatch):
+    """A short run tells which photos it may draw from, how many are changed, and when it skips empty space"""
+    took, loss, measure = stage.photos_nobody_took, stage.reconstruction_loss, Photos.measured
+    drawn, measured, left, skipped = [], [], [], []
+
+    def draw(photos, config, views, generator):
+        drawn.append(views.tolist())
+        return stage.draw_batch(photos, config, views, generator)
+    monkeypatch.setattr(stage, "photos_nobody_took", lambda *what: left.append(what[5]) or took(*what))
+    monkeypatch.setattr(stage, "reconstruction_loss", lambda *what: skipped.append(what[5]) or loss(*what))
+    monkeypatch.setattr(Photos, "measured", lambda photos, views: measured.append(views.tolist())
+                        or measure(photos, views))
+    stage.main([*SMOKE, "--data", str(data / "earphones_train"), "--holdout_views", "2", "--steps", "4",
+                "--dense_steps", "2", "--out", str(tmp_path)], draw=draw)
+    assert drawn == [[0, 1, 2, 3]] * 4 and measured == [[0, 1, 2, 3]]
+    assert left == [1, 0.75, 0.5, 0.25] and skipped == [False, False, True, True]
 
 
 # ---- the run ----
@@ -316,8 +364,6 @@ def test_another_config_or_other_objects(data, trained, tmp_path):
 
 
 def test_no_held_out_views(data, tmp_path):
-    with pytest.raises(UserError, match="--holdout_views 6"):
-        train(data, tmp_path / "run", "--holdout_views", "6")
     with pytest.raises(UserError, match="--holdout_views 0"):
         train(data, tmp_path / "run", "--holdout_views", "0")
 
@@ -327,15 +373,13 @@ def test_missing_data(tmp_path):
         stage.main([*SMOKE, "--data", str(tmp_path / "gone"), "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "text"])
+@pytest.mark.parametrize("harm", ["truncate", "flip"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, trained, tmp_path, harm, capsys):
     shutil.copytree(trained, tmp_path / "run")
     file = tmp_path / "run/last.pt"
     content = bytearray(file.read_bytes())
-    if harm == "flip":
-        content[len(content) // 2] ^= 4
-    harmed = {"truncate": content[:len(content) // 2], "flip": content, "empty": b"", "text": b"hello"}
-    file.write_bytes(harmed[harm])
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content[:len(content) // 2] if harm == "truncate" else content)
     train(data, tmp_path / "run")
     said = capsys.readouterr().out
     assert "last.pt is damaged" in said and "previous.pt" in said and "going on from step 8" in said

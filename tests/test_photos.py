@@ -19,7 +19,7 @@ from common import UserError, camera_to_world_at
 from shapes import convert
 from shapes.meshes import load_obj
 from shapes.packed import read_photos
-from shapes.photos import kinds_of, load_photos, write_transforms
+from shapes.photos import kinds_of, load_photos, read_photo, write_transforms
 from shapes.rasterizer import rasterize, to_world
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def test_a_scene_comes_back(scene, tmp_path, capsys, kind):
     corners = mesh.vertices[mesh.faces.unique()].numpy() @ way[:3, :3].T + way[:3, 3]
     assert 0.93 < np.linalg.norm(corners.max(0) - corners.min(0)) <= 1 and np.abs(corners).max() <= 0.5
 
-    # Each camera stands where it stood, and looks at the middle with the same horizon
+    # Each camera stands where it stood, and looks at the middle
     read = read_photos(folder.parent, 64)
     assert read.names == ["cup 1"] and read.has_masks and len(read.rgb[0]) == 14
     expected = placed(poses, way)
@@ -196,6 +196,16 @@ def test_photos_without_masks(scene, tmp_path, capsys):
     assert not (tmp_path / "out/black").exists()
 
 
+def test_a_jpegs_background_is_not_the_object(scene, tmp_path):
+    path = tmp_path / "photo.jpg"
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[20:44, 16:48] = 200, 60, 30
+    Image.fromarray(pixels).save(path, quality=85)
+    assert (np.asarray(Image.open(path))[:16] < 255).any() or (np.asarray(Image.open(path))[44:48] < 255).any()
+    seen = (read_photo(path, 64)[0] < 255).any(-1)
+    assert 24 * 32 <= seen.sum() <= 26 * 34 and seen[20:44, 16:48].all()
+
+
 def test_photos_that_cut_the_object_are_left_out(scene, tmp_path, capsys):
     _, poses, photos, _ = scene
     source = write_nerf(tmp_path / "s", poses, photos, **INTRINSICS)
@@ -203,6 +213,9 @@ def test_photos_that_cut_the_object_are_left_out(scene, tmp_path, capsys):
     Image.open(source / "images/3.png").crop((0, 0, W // 2, H)).save(source / "images/3.png")
     transforms["frames"][3]["w"] = W // 2
     (source / "transforms.json").write_text(json.dumps(transforms))
+    with pytest.raises(UserError, match="13 photos can be used, and --views 14 are wanted"):
+        run(source, tmp_path / "out", "--views", "14")
+    assert not list((tmp_path).glob("out/s"))
     folder = run(source, tmp_path / "out")
     assert "13 of 14 photos (the others cut" in capsys.readouterr().out
     assert len(list(folder.glob("rgb/*"))) == 13

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 from shapes import earphones
 from shapes import rasterizer
 import render_shapenet as stage
-from common import UserError, camera_to_world_at, intrinsics_at
+from common import UserError, camera_to_world_at, command, intrinsics_at
 from shapes.meshes import Mesh, load_obj
 from shapes.photos import kinds_of, load_photos
 
@@ -67,7 +68,7 @@ def test_against_a_plain_loop():
     mesh = mesh_of((random(60, 3) * 1.6 - 0.8).tolist(), torch.arange(60).view(20, 3).tolist(), [(9, 9, 9)])
     mesh = replace(mesh, texels=(random(12, 3) * 255).byte(), shape=torch.tensor([[3, 4]]),
                    textured=torch.tensor([True]), uvs=random(20, 3, 2) * 0.6 + 0.2)
-    pose, K, size = camera_to_world_at(40, 25, 1.3), intrinsics_at(24, 131.25), 24
+    pose, K, size = camera_to_world_at(40, 25, 0.8), intrinsics_at(24, 131.25), 24
     rgb, coverage, depth = stage.rasterize(mesh, pose, K, size)
     camera = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
     for row in range(size):
@@ -371,6 +372,7 @@ def test_fresh_starts_over(tmp_path):
     (["--max_elevation", "95"], "--max_elevation"),
     (["--max_elevation", "nan"], "--max_elevation"),
     (["--synset", "../x"], "--synset"),
+    (["--synset", "03001627"], "goes with --shapenet"),
     (["--holdout", "3"], "--holdout")])
 def test_flags_are_checked_by_name(arguments, message, tmp_path):
     if arguments[0] == "--device" and torch.cuda.is_available():
@@ -435,7 +437,7 @@ def test_a_model_that_no_camera_sees_is_skipped_every_time(shapenet, capsys):
     (shapenet / "v1/03261776/line/model.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n")
     for _ in range(2):
         stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
-        assert "1 skipped; " in (said := capsys.readouterr().out) and "no camera sees it" in said
+        assert "1 skipped; " in (said := capsys.readouterr().out) and "too few cameras see it" in said
     assert len(load_photos(shapenet / "out/earphones_train", 32)[-1]) == 4
 
 
@@ -501,6 +503,27 @@ def test_a_folder_that_may_not_be_read_is_left_out(shapenet, photos, tmp_path, c
             load_photos(tmp_path / "copy", 32)
     finally:
         (tmp_path / "copy").chmod(0o755)
+
+
+def test_no_model_is_both_trained_on_and_held_out(shapenet):
+    """More models were unpacked later, so the order of their names holds out others."""
+    synset, out = shapenet / "v1/03261776", ["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1")]
+    stage.main([*out, "--holdout", "1", *TINY[4:]])
+    first = next((shapenet / "out/earphones_test").iterdir()).name
+    name = next(f"m{k}" for k in range(100) if zlib.crc32(f"m{k}".encode()) < zlib.crc32(first.encode()))
+    shutil.copytree(next(path for path in synset.iterdir() if path.is_dir()), synset / name)
+    with pytest.raises(UserError, match=f"earphones_test/{first} is there.*--fresh"):
+        stage.main([*out, "--holdout", "1", *TINY[4:]])
+    stage.main([*out, "--holdout", "1", *TINY[4:], "--fresh"])
+    assert [path.name for path in (shapenet / "out/earphones_test").iterdir()] == [name]
+
+
+def test_want_of_memory_names_the_callers_knobs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "knobs", {"rays": 8}, raising=False)
+    monkeypatch.setattr(stage, "main", lambda argv: setattr(command, "knobs", {"workers": 1}))
+    stage.make_missing("data/earphones_train")
+    assert command.knobs == {"rays": 8}
 
 
 def test_shapenet_errors(shapenet):

@@ -1,5 +1,7 @@
 """The renderer against closed forms and against a plain Python loop, values and gradients."""
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 
 import volume_render as v
 from common import camera_to_world_at, intrinsics_at
+from shapes.packed import Photos
 
 
 def camera(size=16, azimuth=30, elevation=20):
@@ -33,6 +36,17 @@ def test_a_uniform_slab_obeys_beer_and_lambert(sigma, samples):
     assert (rgb - (expected[..., None] * colour + (1 - expected[..., None]))).abs().max() < 1e-5
     seen = alpha > 0.01
     assert (depth[seen] > near[seen]).all() and (depth[seen] < far[seen]).all() and depth[~seen].isinf().all()
+
+
+@pytest.mark.parametrize("place, skip", [(0.0, False), (0.0, True), (0.9999, False), (0.9999, True)])
+def test_a_sample_lies_at_its_place_in_its_bin(place, skip):
+    """One bin for the whole way through the cube: the depth is the sample's own"""
+    volume, (origins, directions) = uniform(50.0, (0.2, 0.5, 0.9)), camera()
+    near, far = v.cube(origins, directions)
+    alpha, depth = v.render(volume, origins, directions, 1, place=torch.full((*near.shape, 1), place),
+                            occupied=v.occupancy(volume) if skip else None)[1:]
+    seen = alpha > 0.5
+    assert seen.any() and (depth - (near + place * (far - near)))[seen].abs().max() < 1e-5
 
 
 def test_values_and_gradients_equal_a_plain_loop():
@@ -157,11 +171,34 @@ def test_skipping_empty_space_changes_nothing(samples, generator):
         g = torch.Generator().manual_seed(generator or 0)
         place = torch.rand(*origins.shape[:2], samples, generator=g) if generator else None
         rgb, alpha, depth = v.render(volumes, origins, directions, samples, place=place, occupied=occupied)
-        results.append((rgb, alpha, torch.autograd.grad((rgb * rgb).sum() + alpha.sum(), volumes)[0]))
-    (rgb, alpha, gradient), (rgb2, alpha2, gradient2) = results
+        gradient = torch.autograd.grad((rgb * rgb).sum() + alpha.sum(), volumes)[0]
+        results.append((rgb, alpha, depth, gradient))
+    (rgb, alpha, depth, gradient), (rgb2, alpha2, depth2, gradient2) = results
     assert (rgb - rgb2).square().mean() < 1e-8 and (alpha - alpha2).abs().max() < 1e-3           # 80 dB
+    assert (depth - depth2)[alpha > 0.5].abs().max() < 1e-4
     assert torch.cosine_similarity(gradient.flatten(), gradient2.flatten(), dim=0) > 0.9999
     assert (rgb2[2] == 1).all()                                                         # nothing there at all
+
+
+def test_a_cell_is_occupied_if_a_voxel_at_its_corners_is_dense():
+    N, volume = 4, torch.full((1, 4, 4, 4, 4), -30.0)
+    for z, y, x in ((0, 1, 3), (2, 3, 1), (3, 3, 3)):                      # on a face, on an edge, in a corner
+        volume[0, 0, z, y, x] = 5.0
+    dense = v.density(volume)[0] > v.EMPTY
+    expected = torch.zeros(1, N + 1, N + 1, N + 1, dtype=torch.bool)
+    for cell in itertools.product(range(N + 1), repeat=3):
+        for corner in itertools.product((-1, 0), repeat=3):
+            k, j, i = (c + step for c, step in zip(cell, corner))
+            if all(0 <= n < N for n in (k, j, i)) and dense[k, j, i]:
+                expected[0, cell[0], cell[1], cell[2]] = True
+    assert torch.equal(v.occupancy(volume), expected)
+    assert 0 < v.occupancy(v.headphones(32, 2000.0)).float().mean() < 0.5
+
+
+def test_a_field_is_told_x_y_and_z():
+    for axis, (n, shape) in enumerate([(5, (1, 1, 1, 5)), (4, (1, 1, 4, 1)), (3, (1, 3, 1, 1))]):
+        found = v.density(torch.zeros(1, 1, 3, 4, 5), field=lambda channels, p: (p[..., axis], None))
+        assert torch.allclose(found, ((torch.arange(n) + 0.5) / n - 0.5).view(shape).expand(1, 3, 4, 5))
 
 
 def test_where_nothing_is_all_is_white():
@@ -200,6 +237,19 @@ def test_cpu_and_gpu_agree():
             results.append(v.render(moved, origins.to(device), directions.to(device), 64, occupied=occupied))
         for a, b in zip(*results):
             assert (a - b.cpu()).nan_to_num(0, 0, 0).abs().max() < 1e-4
+
+
+def test_the_score_of_a_view_by_hand(monkeypatch):
+    """A grey picture of a photo whose columns are: the object, its faint edge, two next to it, four beyond"""
+    mask, rgb = torch.zeros(1, 1, 8, 8).byte(), torch.full((1, 1, 8, 8, 3), 255.0).byte()
+    mask[..., 0], mask[..., 1], rgb[..., 0, :] = 255, 100, 0
+    alpha = torch.tensor([1.0, 1, 1, 1, 0.7, 0.1, 0, 0]).expand(8, 8)
+    monkeypatch.setattr(v, "render_view", lambda *_: (torch.full((8, 8, 3), 0.9), alpha, None))
+    photos = Photos(rgb, mask, torch.eye(4).view(1, 1, 4, 4), torch.eye(3)[None], ["one"])
+    row, = v.score_views(SimpleNamespace(volumes_of=lambda codes: None), torch.zeros(1, 3), photos, [0], [0])
+    error = {"ours": (0.81 + 7 * 0.01) / 8, "ours_fg": 0.81, "white": 1 / 8, "white_fg": 1.0}
+    assert all(abs(row[key] + 10 * math.log10(some)) < 1e-4 for key, some in error.items())
+    assert row["object"] == 0 and abs(row["haze"] - 0.2) < 1e-6
 
 
 def test_the_closing_table_passes_over_kinds_that_no_chosen_object_is_of():
