@@ -424,8 +424,7 @@ def test_a_seed_gives_the_same_pictures_in_any_run(diffused, tmp_path, no_pages)
         tmp_path / run / f"views/seed_{seed:06d}/rgb/000000.png")).astype(int)
     alone = picture("one", 7)
     apart = [abs(picture("three", seed) - alone).max() for seed in (5, 6, 7)]
-    print("APART", apart)
-    assert apart[2] <= 1 and min(apart[:2]) > 3
+    assert apart[2] <= 1 and min(apart[:2]) > 5
 
 
 @pytest.mark.parametrize("options", [["--formulation", "ddpm"], ["--mix", "0"],

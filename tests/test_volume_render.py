@@ -182,7 +182,7 @@ def test_skipping_empty_space_changes_nothing(samples, generator):
 
 def test_a_cell_is_occupied_if_a_voxel_at_its_corners_is_dense():
     N, volume = 4, torch.full((1, 4, 4, 4, 4), -30.0)
-    for z, y, x in ((0, 1, 3), (2, 3, 1), (3, 3, 3)):                      # on a face, on an edge, in a corner
+    for z, y, x in ((0, 1, 3), (2, 3, 1), (3, 3, 3)):                    # on an edge, on a face, in a corner
         volume[0, 0, z, y, x] = 5.0
     dense = v.density(volume)[0] > v.EMPTY
     expected = torch.zeros(1, N + 1, N + 1, N + 1, dtype=torch.bool)
