@@ -122,7 +122,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x, level, *told):
-        """x (B,K), level = log(sigma) / 4 (B,), and what a chapter adds -> (B,W)"""
+        """x (B,K), level (B,) = log(sigma) / 4 as in EDM, and what a chapter adds -> (B,W)"""
         h = self.enter(torch.cat([x, level_embedding(level, self.half), *told], 1))
         for layer in self.hidden:
             h = h + layer(h)
@@ -240,9 +240,9 @@ def posterior_entropy(points, sigmas, generator, draws=2048):
 
 def choose_levels(points, least, generator):
     """points (N,K) -> levels (LEVELS,), ascending, to train and sample at; to plot, sigmas and entropies"""
-    # From almost no noise to four times the widest spread of the points
-    spread = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))
-    sigma = torch.linspace(math.log(least), math.log(4 * spread), 32, dtype=torch.float64).exp()
+    # From almost no noise to four times the points' deviation in the direction where they differ most
+    widest = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))
+    sigma = torch.linspace(math.log(least), math.log(4 * widest), 32, dtype=torch.float64).exp()
     entropy = posterior_entropy(points, sigma, generator)
 
     # Half of the levels go where the entropy rises, because there a sample becomes this object or that one.

@@ -149,8 +149,7 @@ def test_rays_go_through_their_pixels():
 
 
 def test_axes_are_z_y_x():
-    """A light in the voxel of largest z is seen at the top by a level camera; of largest x,
-    by its own camera alone."""
+    """A light in the voxel of largest z is seen at the top by a level camera."""
     volume = torch.full((1, 4, 8, 8, 8), -20.0)
     volume[0, 0, 7, 3:5, 3:5] = 50.0
     origins, directions = camera(32, 0, 0)
