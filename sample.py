@@ -184,9 +184,10 @@ def summarise(columns):
 
 # -------------------------------------------------------------------------------------------------- pictures
 
-def contact_sheet(views, rows, seeds, trained, names):
+def contact_sheet(views, rows, seeds, trained, whose, names):
     """One line of pictures for each sample: four views, depth, and the three nearest training objects, by
-    latent and by picture.  `views` and `trained` are render_views of both -> (H,W,3) uint8"""
+    latent and by picture.  `views` and `trained` are render_views of samples and of the training objects
+    `whose` (a list of their places in names) -> (H,W,3) uint8"""
     # Two different latents can look the same, so a copy may be far away in latent space.  Pictures find it:
     # `apart` is the root mean square difference over the four views
     rgb, alpha, depth, _ = views
@@ -203,12 +204,12 @@ def contact_sheet(views, rows, seeds, trained, names):
 
     # A number stands below each neighbour: its distance, in the measure by which it was found
     for k, row in enumerate(rows):
-        by_picture = apart[k].argsort()[:3].tolist()
+        by_latent, by_picture = [whose.index(o) for o in row["nearest"]], apart[k].argsort()[:3].tolist()
         pictures = [*rgb[k], depth_picture(depth[k, 0], alpha[k, 0]),
-                    *trained[0][row["nearest"], 0], *trained[0][by_picture, 0]]
+                    *trained[0][by_latent + by_picture, 0]]
         captions = [f"seed {seeds[k]}", "", "", "", f"outside {row['outside']:.2f}"]
         captions += [short(pen, names[o], f"{d:.0f}") for o, d in zip(row["nearest"], row["distances"])]
-        captions += [short(pen, names[o], f"{apart[k, o]:.3f}") for o in by_picture]
+        captions += [short(pen, names[whose[o]], f"{apart[k, o]:.3f}") for o in by_picture]
         for column, (picture, caption) in enumerate(zip(pictures, captions)):
             x, y = column * (tile + gap), strip + k * height
             pixels = to_bytes(picture).numpy()
@@ -329,10 +330,13 @@ def main(argv=None):
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows, "wrote": wrote})
 
-    # Numbers can mislead, so look: each sample stands beside its nearest training objects
-    views = render_views(model, latents, cameras(ANGLES), SIZE)
-    trained = render_views(model, training, cameras(ANGLES), SIZE)
-    save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, names))
+    # Numbers can mislead, so look: each sample stands beside its nearest training objects.  Of thousands
+    # only those are drawn that are among the nearest 16 of some sample
+    views, whose = render_views(model, latents, cameras(ANGLES), SIZE), [*range(len(names))]
+    if len(names) > 256:
+        whose = nearest(latents, training)[1][:, :16].unique().tolist()
+    trained = render_views(model, training[whose], cameras(ANGLES), SIZE)
+    save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, whose, names))
     save_picture(out / "swaps.png", swaps(model))
 
     if own:

@@ -23,7 +23,7 @@ def several(tmp_path_factory):
     render_shapenet.main(["--out", str(out), "--category", "mugs", "lamps", "--objects", "3",
                           "--test_objects", "3", "--views", "5", "--holdout_views", "1", "--size", "64",
                           "--workers", "1", "--device", "cpu"])
-    autodecoder.main([*SMOKE, "--data", str(out / "our-mugs-lamps_train"), "--out", str(out / "stage1"),
+    autodecoder.main([*SMOKE, "--data", str(out / "our-lamps-mugs_train"), "--out", str(out / "stage1"),
                       "--holdout_views", "1", "--objects", "0"])
     # Forty steps are too few to bring the shapes of a category together: it is done by hand
     state = common.load_checkpoint(out / "stage1/last.pt")
@@ -91,18 +91,18 @@ def test_other_objects_have_no_category(tmp_path):
 
 def test_obedience_is_counted(several, drawn, tmp_path, capsys):
     (several / "few").mkdir()
-    (several / "few/mugs_test_00000").symlink_to(several / "our-mugs-lamps_test/mugs_test_00000")
+    (several / "few/mugs_test_00000").symlink_to(several / "our-lamps-mugs_test/mugs_test_00000")
     flags = [*SMOKE, "--diffusion", str(drawn[0]), "--out", str(tmp_path)]
     lab.main(flags)
     rows = json.loads((tmp_path / "tables.json").read_text())["rows"]
     assert {"mugs", "lamps", "told nothing", "guidance 1"} < rows.keys() and "earphones" not in rows
     assert 0 <= rows["mugs"]["as asked"] <= 1 and (tmp_path / "figure.png").exists()
-    for folder, said in (("nowhere", "of unseen objects"), ("our-mugs-lamps_train", "of unseen objects"),
+    for folder, said in (("nowhere", "of unseen objects"), ("our-lamps-mugs_train", "of unseen objects"),
                          ("few", "few holds too few lamps")):
         with pytest.raises(UserError, match=said):
             lab.main([*flags, "--data", str(several / folder)])
     # A reader that has learned tells them apart, on objects that it has not seen
-    photos = lab.read_photos(several / "our-mugs-lamps_test", 64, 0)
+    photos = lab.read_photos(several / "our-lamps-mugs_test", 64, 0)
     labels = torch.tensor([categories.CATEGORIES.index(name.split("_")[0]) for name in photos.names])
     config = lab.Config(reader_steps=60, out=str(tmp_path))
     run = lab.Run(tmp_path, "reader", config, (), "reader.json", stale=())

@@ -558,7 +558,13 @@ def test_long_names_stay_below_their_own_tile(diffused):
     training = stage.latents_of(model, model.codes)
     views = volume_render.render_views(model, training, volume_render.cameras(volume_render.ANGLES), 64)
     rows = sample.novelty(training, training, itself=True)
-    sheet = sample.contact_sheet(views, rows, range(len(rows)), views, ["W" * 40] * len(names))
+    whose = [*range(len(names))]
+    sheet = sample.contact_sheet(views, rows, range(len(rows)), views, whose, ["W" * 40] * len(names))
+    # Of thousands a part is drawn, in any order
+    other = [whose[-1], *whose[:-1]]
+    again = sample.contact_sheet(views, rows, range(len(rows)), [some[other] for some in views], other,
+                                 ["W" * 40] * len(names))
+    assert np.array_equal(again, sheet)
     tile = 2 * volume_render.SIZE
     captions = sheet[14 + tile:14 + tile + 14]                                       # of the first sample
     assert (captions[:, 5 * (tile + 4):] < 128).any()

@@ -80,7 +80,7 @@ def test_several_categories_stand_in_one_folder(tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--objects", "2", "--test_objects", "1", "--views", "3",
              "--holdout_views", "1", "--size", "32", "--workers", "1", "--device", "cpu"]
     stage.main([*flags, "--category", "mugs", "earphones"])
-    folder = tmp_path / "our-mugs-earphones_train"
+    folder = tmp_path / "our-earphones-mugs_train"
     names = load_photos(folder, 32)[-1]
     assert names == ["mugs_train_00000", "mugs_train_00001", "train_00000", "train_00001"]
     assert kinds_of(folder, names)[:2] == ["mugs", "mugs"] and kinds_of(folder, names)[2] != "mugs"

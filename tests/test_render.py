@@ -450,7 +450,7 @@ def test_the_synset_is_read_off_its_own_folder(shapenet):
 def test_nothing_but_broken_models(shapenet):
     for path in (shapenet / "v1/03261776").glob("*/model.obj"):
         path.write_text("broken")
-    with pytest.raises(UserError, match="no photos were made"):
+    with pytest.raises(UserError, match="no photos to train on were made"):
         stage.main(["--out", str(shapenet / "out"), "--shapenet", str(shapenet / "v1"), *TINY[4:]])
 
 
