@@ -201,7 +201,7 @@ def main(argv=None):
             f"{errors[:, 0].median():.1f} degrees; under 15 degrees {direct.float().mean():.0%}; mirrored "
             f"{mirrored.float().mean():.0%} more; median up to mirrors {errors.amin(1).median():.1f} degrees")
     save_text(Path(config.out, "cameras.txt"), "\n".join([*lines, text]) + "\n")
-    print(f"wrote {config.out}/cameras.txt.  {text} (row F2, of 24: 1.5 degrees, 96 %)")
+    print(f"wrote {config.out}/cameras.txt.  {text} (row F2: 2.1 degrees, 93 %)")
 
 
 if __name__ == "__main__":
