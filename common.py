@@ -84,7 +84,8 @@ def parse_config(Config, presets=None, argv=None):
             print("preset gpu, because there is a GPU; the README's numbers are those of --preset cpu")
     # A value that makes no sense is refused now, by its flag's name, and not by a traceback hours later
     config = checked(Config(**{**presets.get(preset, {}), **flags}))
-    command.knobs = asdict(config)                                # which it names if memory runs out
+    # If memory runs out, it names them: those of the command itself, not of a stage that it calls
+    command.knobs = command.knobs or asdict(config)
     return config
 
 def wrong_flag(message):
@@ -146,6 +147,8 @@ def command(main):
                  if np.asarray(value).dtype.kind == "i" and name != "seed"}
         raise UserError("more memory is needed than there is; the largest knobs are "
                         + ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])) from None
+
+command.knobs = {}
 
 def peak_memory():
     """What this process has held at most, for the last line"""

@@ -105,8 +105,8 @@ class RobustNorm(nn.Module):
 def principal(rows, count):
     """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
     rows = rows.double()
-    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count); P x P is cheap
-    return torch.linalg.qr(rows.T @ longest)[0].T.float()                                  # made of length 1
+    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count)
+    return torch.linalg.qr(rows.T @ longest)[0].T.float()                                  # each of length 1
 
 class MLP(nn.Module):
     """The paper's network: noised numbers and an embedding of the noise level in, numbers out."""
@@ -335,7 +335,7 @@ def draw_parents(model, count, generator, config):
     first = torch.randint(N, (count, 1), generator=generator)
     others = torch.randint(min(config.among or N, N), (count, 2), generator=generator)
     others = torch.cdist(shapes, shapes).argsort(1).cpu()[first, others]           # the nearest is itself
-    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()      # over their sum: any, alike
+    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()      # over their sum: uniform
     share[::2, 2] = 0
     share = share / share.sum(1, keepdim=True)
     # A mean lies between its parts, so mixtures vary less than objects do.  Weights that are further from

@@ -351,9 +351,7 @@ def make_missing(folder):
             stopped = json.loads(path.with_name("earphones.json").read_text()) == ours
     if stopped or not path.exists():
         print(f"{folder} is not {'whole' if path.exists() else 'there'}: making it, by render_shapenet.py")
-        knobs = command.knobs                          # want of memory must name the caller's, not these
         main([])
-        command.knobs = knobs
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ in   runs/autodecoder/last.pt        stage 1; without it the model in the box
      data/earphones_test/            unseen objects: how well does the transformer guess their tokens?
 out  runs/autoregressive/            last.pt, log.jsonl, curve.png, latents.pt, samples.png, report.txt;
                                      bits.txt; completed.png: objects, the same from tokens, six completions
-run  python -m chapters.autoregressive                          two CPU cores: 11 min (row L2)
+run  python -m chapters.autoregressive                          two CPU cores: 11 min to train (row L2)
      python -m lab.evaluate --rows runs/autoregressive           in the lab's table
 read Codebook, Transformer, drawn, main.
 """
@@ -146,7 +146,7 @@ def drawn(transformer, given, length, generator, temperature):
 
 
 def codes_of_unseen(model, config):
-    """Codes found from eight photos of each object in --unseen (W,...), or None if there are no photos"""
+    """Codes found from eight photos of each object in --unseen (N,W), or None if there are no photos"""
     if not Path(config.unseen).is_dir():
         print(f"no photos in {config.unseen}: nothing is measured on unseen objects")
         return None

@@ -113,9 +113,7 @@ def main(argv=None):
     device = pick_device(config.device)
     if not Path(config.data).exists() and config.data == Config.data:
         print(f"{config.data} is not there: making it first, as python -m shapes.moving does")
-        knobs = command.knobs
         moving.main([])
-        command.knobs = knobs
     photos = read_photos(config.data, config.size, config.objects)
     N, frames = photos.rgb.shape[:2]
     held = torch.arange(config.every // 2, frames, config.every)

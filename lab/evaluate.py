@@ -240,6 +240,7 @@ def gaussian(points, count, generator):
     return mean + (weight @ (points - mean).flatten(1)).view(count, *points.shape[1:])
 
 
+MOST = 1024                                        # training objects that are seen and compared by shape
 LADDER = ("noise", "fresh objects, blurred", "Gaussian of codes", "fresh objects")
 TABLES = {
     "Generation": ("1-NNA", "1-NNA, decoded", "COV", "MMD", "to photos", "to reconstructions", "pixels"),
@@ -353,7 +354,10 @@ def main(argv=None):
         fresh, control, unseen = ({key: value[a:b] for key, value in every.items()}
                                   for a, b in ((n, n + count), (n + count, None), (0, n)))
 
+    # All shapes are compared with all, so of thousands of training objects the first ones are seen.  (They
+    # are dealt like cards.)  Latents are compared with those of all
     own = rivals(model, denoiser, config, device)
+    known, own["training objects"] = own["training objects"], own["training objects"][:MOST]
     sets = {name: (model, latents) for name, latents in own.items()} | families
     codes = held_out_codes(model, config, None if config.data else unseen, device)
     if codes is not None:
@@ -369,8 +373,8 @@ def main(argv=None):
         shape = shape.fill_diagonal_(math.inf) if some is training else shape
         some["shape to training"], whose = shape.sort(1)
         if "latents" in some:
-            distance, whose = nearest(some["latents"], training["latents"], some is training)
-            some["to training"] = distance.cpu()
+            distance, whose = nearest(some["latents"], known, some is training)
+            some["to training"], whose = distance.cpu(), whose[whose < MOST].view(len(whose), -1)
         some["whose"] = torch.arange(len(whose)) if some is training else whose[:, 0].cpu()
     if cells:
         remark = read_sets(reader, sets, fresh, control, cells)
@@ -378,6 +382,8 @@ def main(argv=None):
         fresh, remark = held, ("The training objects are not those of earphones.py: there are no fresh ones. "
                                "Shapes are compared with held-out objects as the decoder shows them, if "
                                "stage 0 kept some aside (--holdout).\n")
+    if len(known) > MOST:
+        remark += f"Of {len(known)} training objects {MOST} stand for all, but in distances of latents.\n"
     rows = {name: judge(some, fresh, held, training, cells, config) for name, some in sets.items()}
     more, rows = with_deviation(compared(rows)), with_deviation(rows)
 

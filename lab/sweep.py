@@ -2,8 +2,8 @@
 Many small runs: what does each choice change?  Every run is stages 1 and 2 at a size that two cores do in
 minutes, and evaluate.py's numbers; a figure and a table are made of what is done.
 
-    objects         72, 256, 1,024 training objects, at equal quality of stage 1, and nothing recombined: does
-                    the plain method stop copying, and make what is new?
+    objects         72, 256, 1,024 or 4,096 training objects, at equal quality of stage 1, and nothing
+                    recombined: does the plain method stop copying, and make what is new?
     latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
     mix             the share of mixtures in a batch: 0, 0.25, 0.5 (which all other sweeps have), 1
 
@@ -49,7 +49,7 @@ class Config:
 # For each choice a label, stage 1's flags and stage 2's
 SWEEPS = {
     "objects": [(f"{n:,}", dict(objects=n, steps=steps), dict(mix=0.0))
-                for n, steps in ((72, 2600), (256, 3600), (1024, 8000))],
+                for n, steps in ((72, 2600), (256, 3600), (1024, 8000), (4096, 20000))],
     "latent": [("4", dict(latent_resolution=4, channels=(64, 64, 32)), {}), ("8", {}, {}),
                ("16", dict(latent_resolution=16, channels=(32,)), {})],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],

@@ -224,9 +224,9 @@ def lamp(f):
         elbow, head = np.array([0, .62 * tall, -lerp(.2, .5, f["lean"])]), np.array([0, tall, .5])
         bell = [(0, .2), (half, .2), (foot * .6, .12), (foot * .75, 0), (foot * .75, -.07), (0, -.07)]
         disc = [(0, .07), (foot * .9, .07), (foot, 0), (foot, -.07), (0, -.07)]
-        stand = (legs(f, np.array([0, .22, -.1]), foot, half) if f["part"] == "tripod" else
-                 [lathe(bell if f["part"] == "vase" else disc, 8, 24, wood(f), 0, -.1)])
-        low = .22 if f["part"] == "tripod" else 0
+        low, stand = 0, [lathe(bell if f["part"] == "vase" else disc, 8, 24, wood(f), 0, -.1)]
+        if f["part"] == "tripod":
+            low, stand = .22, legs(f, np.array([0, .22, -.1]), foot, half)
         parts = [*stand, bar((0, low, -.1), elbow, (half, half), metal(f), 2, copies=1),
                  bar(elbow, head, (half, half), metal(f), 2, copies=1)]
         return parts + [shade(SHADES["cone"], .62 * scale, skin, head[1] - .12, head[2] + .05)]

@@ -403,7 +403,7 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="--count 2: at least 4"):
         sweep.main([*flags, "--count", "2"])
     (tmp_path / "empty/earphones_train").mkdir(parents=True)
-    with pytest.raises(UserError, match="fewer than the 1024 objects"):
+    with pytest.raises(UserError, match="fewer than the 4096 objects"):
         sweep.main(["objects", *flags[1:], "--out", str(tmp_path / "many")])
     with pytest.raises(UserError, match="holds no photos"):                 # and the folder is not remembered
         sweep.main([*flags, "--data", str(tmp_path / "empty")])

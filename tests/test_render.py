@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+import autodecoder
 from shapes import earphones
 from shapes import rasterizer
 import render_shapenet as stage
-from common import UserError, camera_to_world_at, command, intrinsics_at
+from common import UserError, camera_to_world_at, command, intrinsics_at, parse_config
 from shapes.meshes import Mesh, load_obj
 from shapes.photos import kinds_of, load_photos
 
@@ -518,12 +519,15 @@ def test_no_model_is_both_trained_on_and_held_out(shapenet):
     assert [path.name for path in (shapenet / "out/earphones_test").iterdir()] == [name]
 
 
-def test_want_of_memory_names_the_callers_knobs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "knobs", {"rays": 8}, raising=False)
-    monkeypatch.setattr(stage, "main", lambda argv: setattr(command, "knobs", {"workers": 1}))
-    stage.make_missing("data/earphones_train")
-    assert command.knobs == {"rays": 8}
+def test_want_of_memory_names_the_callers_knobs(monkeypatch):
+    """Stage 1 calls stage 0, whose knobs are not what the user has to change"""
+    def main():
+        parse_config(autodecoder.Config, argv=["--rays", "9000"])
+        parse_config(stage.Config, argv=[])
+        raise MemoryError
+    monkeypatch.setattr(command, "knobs", {})
+    with pytest.raises(UserError, match="the largest knobs are --rays 9000, --steps 6000"):
+        command(main)
 
 
 def test_shapenet_errors(shapenet):
