@@ -240,6 +240,20 @@ def test_a_run_repeats_to_the_last_digit(arguments, capsys):
     assert (out / "figure.png").exists()
 
 
+def test_of_thousands_some_stand_for_all(arguments, monkeypatch, capsys, tmp_path):
+    flags = [*arguments, "--no-controls", "--out", str(tmp_path)]
+    stage.main(flags)
+    whole = json.loads((tmp_path / "tables.json").read_text())["rows"]["ours"]
+    monkeypatch.setattr(stage, "MOST", 2)                               # of three
+    capsys.readouterr()
+    stage.main(flags)
+    assert "seeing 2 of training objects" in capsys.readouterr().out
+    assert "Of 3 training objects 2 stand for all" in (tmp_path / "tables.md").read_text()
+    row = json.loads((tmp_path / "tables.json").read_text())["rows"]["ours"]
+    assert row["d1"] == whole["d1"] and row["copies"] == whole["copies"]     # latents: to all of them
+    assert row["Z_U"] == whole["Z_U"]
+
+
 def test_without_fresh_objects_the_table_says_so(data, tmp_path):
     for k, entry in enumerate(sorted((data / "earphones_train").iterdir())):
         (tmp_path / "real/earphones_train").mkdir(parents=True, exist_ok=True)
