@@ -124,6 +124,7 @@ def checked(config, where=""):
 def command(main):
     """What `python stage.py` runs.  Ctrl-C or want of memory ends it with one line, a closed pipe silently"""
     sys.stdout, began = sys.stdout or open(os.devnull, "w"), time.time()      # None if the shell closed it
+    command.knobs = {}
     try:
         main()
         if RANK:              # Python's way to end would abort a thread that still clears up its last message
