@@ -115,8 +115,8 @@ class Autodecoder(nn.Module):
     def __init__(self, config, objects):
         super().__init__()
         self.config, widths, first = config, config.channels, config.channels[0]
-        self.shapes = nn.Parameter(0.1 * torch.randn(objects, config.shape_width))
-        self.colours = nn.Parameter(0.1 * torch.randn(objects, config.colour_width))
+        self.shapes = nn.Parameter(torch.normal(0.0, 0.1, (objects, config.shape_width)))
+        self.colours = nn.Parameter(torch.normal(0.0, 0.1, (objects, config.colour_width)))
 
         # G1: the code is spread over 4^3 voxels, enlarged to the latent's resolution, and narrowed to a few
         # channels.  Stage 2 will diffuse these: the fewer, the easier
@@ -133,10 +133,16 @@ class Autodecoder(nn.Module):
         # channels each (density and three colours).  A whole level at that resolution takes twice the time
         self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(),
                                    nn.Conv3d(widths[-1], 4 * 8, 3, padding=1))
-
         # A volume that is born empty has no gradient: the paper's notebook "might have to run multiple times"
         with torch.no_grad():
             self.leave[-1].bias[:8].fill_(BORN)
+
+    def begin(self, palettes):
+        """Colour codes begin as their photos' palettes, along random directions.  Of thousands of objects
+        each is visited rarely, and colours that begin at random are then not learned (row W7)"""
+        known = torch.cat([palettes[0], power(palettes[1], 0.5).flatten(1)], 1)                # (N,12)
+        known = 0.1 * (known - known.mean(0)) / (known.std(0, correction=0) + 1e-6)
+        self.colours.data += (known @ torch.randn(12, self.config.colour_width)).to(self.colours.device)
 
     def code(self, s, a, stretch):
         """Shapes of objects s and colours of objects a (B,), log stretches (B,3) -> codes (B,W)"""
@@ -213,8 +219,7 @@ def fingerprint(model):
 # -------------------------------------------------------------------------------------- a batch, and its loss
 def draw_batch(photos, config, views, generator, objects=None, pose=None):
     """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R)"""
-    # A few objects, each decoded once and seen by rays from many of its photos: decoding costs the most
-    if objects is None:
+    if objects is None:         # a few, each decoded once and seen by many rays: decoding costs the most
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
     B, n, o, R = len(objects), photos.size, objects[:, None], config.rays // len(objects)
     seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]   # (B,V)
@@ -250,8 +255,7 @@ def power(matrix, exponent):
 def photos_nobody_took(objects, batch, palettes, extents, config, left, generator):
     """Paints some objects in others' colours, and stretches some -> whose colours (B,), log stretches (B,3),
     the changed batch.  `left`: how much is left of the shares in Config, from 1 to 0"""
-    origins, directions, rgb, opacity = batch
-    B = len(objects)
+    (origins, directions, rgb, opacity), B = batch, len(objects)
 
     # A photo is opacity x colour + (1 - opacity) x white: only the first part is painted
     others = torch.randint(len(extents), (B,), generator=generator)
@@ -266,8 +270,7 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     stretch = config.stretch * (2 * torch.rand(B, 3, generator=generator) - 1)
     extent = extents[objects]
     longer = (stretch.exp() * extent).norm(dim=1, keepdim=True) / extent.norm(dim=1, keepdim=True)
-    chosen = torch.rand(B, 1, generator=generator) < left * config.stretched
-    stretch = torch.where(chosen, stretch - longer.log(), torch.zeros(()))
+    stretch = (stretch - longer.log()) * (torch.rand(B, 1, generator=generator) < left * config.stretched)
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
     return whose, stretch, (origins * D, directions * D, rgb, opacity)
 
@@ -303,10 +306,9 @@ def plot_log(folder, ylabel, **labels):
     for key, label in labels.items():
         points = [(row["step"], row[key]) for row in read_log(folder) if {"step", key} <= set(row)]
         if points:
-            often = len(points) > 50
-            axis.plot(*zip(*points), lw=0.7 if often else 1.5, marker="" if often else "o", ms=3, label=label)
+            axis.plot(*zip(*points), lw=1, marker="o" if len(points) < 50 else "", ms=3, label=label)
     axis.set(xlabel="step", ylabel=ylabel)
-    axis.legend()
+    axis.legend() if axis.lines else None
     save_figure(Path(folder, "curve.png"), axis.figure)
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -335,10 +337,10 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
         raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
                         "object, of which one is needed to measure by, and one to train on")
     train_views, test_views = torch.arange(count).split([count - config.holdout_views, config.holdout_views])
-    together_learnt = min(config.batch_objects, len(photos.names))
-    my_share(together_learnt)                                       # can the processes share them equally?
-    if config.rays < together_learnt:
-        raise UserError(f"--rays {config.rays}: at least one for each of a step's {together_learnt} objects")
+    B = min(config.batch_objects, len(photos.names))
+    my_share(B)                                                     # can the processes share them equally?
+    if config.rays < B:
+        raise UserError(f"--rays {config.rays}: at least one for each of a step's {B} objects")
 
     # The model, and Adam with one learning rate for the decoder and one for the codes.  Resume if we can
     run = Run(config.out, Decoder.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
@@ -350,8 +352,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     state, step = run.load("names", "model", "optimizer", "code_optimizer", "step"), 0
     if state:
         if state["names"] != photos.names:
-            raise UserError(f"{config.out} was trained on other objects than those in {config.data}: use "
-                            "another --out, or --fresh")
+            raise UserError(f"{config.out} was trained on other objects than {config.data}'s: add --fresh")
         fill(model, state["model"], config.out)
         for optimizer, name in zip(optimizers, ("optimizer", "code_optimizer")):
             fill_optimizer(optimizer, state[name], config.out)
@@ -363,6 +364,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
         print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
         config.recolour = 0.0
     palettes, extents = first_then_others(lambda: photos.measured(train_views))
+    if not state and config.recolour:
+        model.begin(palettes)
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
@@ -408,8 +411,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
                 rows = score_views(model, model.codes[shown], photos, shown, test_views[:4])
                 full, foreground = mean_of(rows, "ours"), mean_of(rows, "ours_fg")
                 run.log(step, config.steps, show=False, heldout=full, heldout_foreground=foreground)
-                run.say(f"step {step}: held-out views of {len(shown)} objects: {full:.2f} dB, "
-                        f"foreground {foreground:.2f} dB")
+                run.say(f"step {step}: {len(shown)} objects' held-out views {full:.2f} / {foreground:.2f} dB")
                 save_preview(run.folder / f"previews/step_{step:06d}.png",
                              truth_and_ours(model, model.codes[shown], photos, shown, test_views[0]))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
@@ -443,10 +445,9 @@ def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     # The pull back to 0 decides whatever the given photos do not show
     mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
     deviation[-3:] = 0.5 * (model.config.stretched > 0)      # training drew them around 0, or not at all
-    start = lambda objects: mean.expand(len(objects), -1)
-    return torch.cat([descend(model, model.volumes_of, start(objects), deviation, photos, views, objects,
-                              steps, rate, decay, seed)
-                      for objects in torch.arange(len(photos.names)).split(8)])
+    return torch.cat([descend(model, model.volumes_of, mean.expand(len(some), -1), deviation, photos, views,
+                              some, steps, rate, decay, seed)
+                      for some in torch.arange(len(photos.names)).split(8)])
 
 def descend(model, decode, start, unit, photos, views, objects, steps, rate, pull, seed):
     """Moves start (B,...) downhill until decode(start) looks like these objects' photos `views`.  `pull` is
@@ -457,7 +458,6 @@ def descend(model, decode, start, unit, photos, views, objects, steps, rate, pul
         optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         batch = [t.to(start.device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
-
         # The loss of training, but the decoder may not move
         volume, place = decode(start + unit * way), jitter(batch, recipe.samples, generator, start.device)
         loss = reconstruction_loss(model, volume, batch, recipe, place, True, photos.has_masks)[0]

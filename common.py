@@ -144,7 +144,9 @@ def command(main):
         # torch has many words for too little memory, and for a size that it cannot even count
         if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
             raise
-        sizes = {f"--{name} {value}": np.max(value or 0) for name, value in command.knobs.items()
+        # (Of --channels 8 8 8 each number is a level, which doubles the side)
+        sizes = {f"--{name} {value}": np.max(value or 0) * 2.0 ** (2 * np.size(value) - 2)
+                 for name, value in command.knobs.items()
                  if np.asarray(value).dtype.kind == "i" and name != "seed"}
         raise UserError("more memory is needed than there is; the largest knobs are "
                         + ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])) from None

@@ -181,7 +181,7 @@ class Denoiser(nn.Module):
     def to_components(self, latents):
         return self.norm.normalize(latents).flatten(1) @ self.basis.T                        # (B,K)
 
-    def level(self, u):
+    def sigma_at(self, u):
         """Places in [0, 1] -> noise levels sigma, of the table"""
         return self.levels[(u * (LEVELS - 1)).round().long()]
 
@@ -276,7 +276,7 @@ def denoising_loss(denoiser, z, codes, noise, u, *told):
         EDM      here 1 / (sigma^2 + a tenth of the variance of z):   Heun: noise only at first
                  theirs, 1 / sigma^2 + 1 / variance, gives the low levels more"""
     # Components count by their share of the variance: else many short ones outweigh those that make the shape
-    sigma, variance = denoiser.level(u)[:, None], denoiser.deviation ** 2
+    sigma, variance = denoiser.sigma_at(u)[:, None], denoiser.deviation ** 2
     error = denoiser.error(denoiser.guess(z + sigma * noise, sigma, *told), codes, z)
     least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * variance
     return (variance / variance.mean() * error.square() / (sigma ** 2 + least)).mean(1)
@@ -315,7 +315,7 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     draws = [seed if callable(seed) else noise_of(seed) for seed in seeds]
     draw = lambda: torch.stack([one(denoiser.deviation.shape) for one in draws]).to(denoiser.levels)
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
-    sigmas = denoiser.level(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
+    sigmas = denoiser.sigma_at(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
     for sigma, x in zip(sigmas, itertools.chain([x], walk(denoiser, x, sigmas, draw))):
         if trace is not None:

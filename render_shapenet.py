@@ -42,8 +42,8 @@ import torch
 
 from shapes import earphones, household
 from shapes.meshes import load_obj
-from shapes.photos import (atomic_folder, load_objects, numbers, objects_in, visible, write_intrinsics,
-                           write_transforms, write_view)
+from shapes.photos import (atomic_folder, load_objects, numbers, objects_in, read_small, visible,
+                           write_intrinsics, write_transforms, write_view)
 from shapes.rasterizer import pytorch3d, rasterize, to_world
 
 
@@ -347,8 +347,8 @@ def make_missing(folder):
     path, ours = Path(folder), {"stage": "render_shapenet"} | {key: getattr(Config, key) for key in RECIPE}
     stopped = False
     if not path.with_suffix(".png").exists() and os.access(path.parent, os.W_OK):
-        with suppress(OSError, ValueError, RecursionError):
-            stopped = json.loads(path.with_name("earphones.json").read_text()) == ours
+        with suppress(UserError, OSError, ValueError, RecursionError):
+            stopped = json.loads(read_small(path.with_name("earphones.json"))) == ours
     if stopped or not path.exists():
         print(f"{folder} is not {'whole' if path.exists() else 'there'}: making it, by render_shapenet.py")
         main([])

@@ -51,7 +51,7 @@ from PIL import Image, ImageDraw
 from autodecoder import load_autodecoder
 from diffusion import latents_of, load_denoiser, nearest, recombined
 from diffusion import sample as draw_samples
-from shapes.photos import atomic_folder, kinds_of, write_intrinsics, write_view
+from shapes.photos import atomic_folder, kinds_of, read_small, write_intrinsics, write_view
 from viewer.isosurface import write_mesh
 from viewer.page import write_gallery
 from volume_render import ANGLES, SIZE, cameras, depth_picture, render_views
@@ -324,9 +324,9 @@ def main(argv=None):
     own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
     own = own and not BOX.samefile(Path(config.diffusion).parent)
     own = own and set(names) <= set(load_autodecoder(BOX / "autodecoder")[1])
-    wrote, earlier = ["figure3.png"] * (config.views > 0) + ["beside.png"] * own, {}
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        earlier = dict(json.loads((out / "report.json").read_text()))
+    wrote, earlier = ["figure3.png"] * (config.views > 0) + ["beside.png"] * own, ()
+    with suppress(UserError, OSError, ValueError, TypeError, KeyError, RecursionError):
+        earlier = [str(name) for name in json.loads(read_small(out / "report.json", 1e8))["wrote"]]
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows, "wrote": wrote})
 
@@ -356,7 +356,7 @@ def main(argv=None):
         if re.fullmatch(r"seed_\d{6,}", old.name) and old.name not in new:
             shutil.rmtree(old, ignore_errors=True)
     for name in ("figure3.png", "beside.png"):
-        if name not in wrote and name in (earlier.get("wrote") or ()):
+        if name not in wrote and name in earlier:
             (out / name).unlink(missing_ok=True)
 
     # A page with the first eight samples.  From the seeds' own codes, with nothing exchanged: the first one's

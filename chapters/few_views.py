@@ -100,10 +100,10 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
     see = lambda decode, start, unit, pull, steps, rate, k: descend(
         model, decode, start, unit, photos, views, objects, steps, rate, pull, seed * 1000 + k)
     places = torch.linspace(1, 0, config.levels).to(denoiser.levels)
-    x = draw() * (denoiser.level(places[0]) ** 2 + denoiser.deviation ** 2).sqrt()
+    x = draw() * (denoiser.sigma_at(places[0]) ** 2 + denoiser.deviation ** 2).sqrt()
     for k, place in enumerate(places):
         # Three of Heun's steps from here to almost no noise: one guess alone would be a mean of many objects
-        sigmas = denoiser.level(place * torch.tensor([1, 0.6, 0.3, 0.0]).to(places))
+        sigmas = denoiser.sigma_at(place * torch.tensor([1, 0.6, 0.3, 0.0]).to(places))
         with torch.no_grad():
             for clean in heun_sample(denoiser, x, sigmas, None) if place > 0 else [x]:
                 pass
@@ -112,7 +112,7 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
         code = see(model.volumes_of, code, denoiser.spread, config.pull * (0.3 if last else 1),
                    config.steps * (6 if last else 1), 0.1 if last else 0.05, k)
         if not last:
-            x = denoiser.to_components(denoiser.latents(code)) + denoiser.level(places[k + 1]) * draw()
+            x = denoiser.to_components(denoiser.latents(code)) + denoiser.sigma_at(places[k + 1]) * draw()
     return freed(model, denoiser.latents(code), photos, views, objects, config, seed * 1000 + len(places))
 
 

@@ -77,6 +77,21 @@ def draw(photos, config, frames, generator):
     return objects, frame, [*rays, rgb, mask]
 
 
+def read_parts(path, frames):
+    """-> how each part moves back to where it belongs (F,P,3,4), and which part a pixel shows (F,H,W)"""
+    try:
+        if not path.is_file():
+            raise OSError("there is no such file")
+        with np.load(path) as file:
+            motion, seen = np.linalg.inv(file["transforms"])[..., :3, :], file["seen"]
+        if motion.shape != (frames, len(moving.NAMES), 3, 4) or seen.ndim != 3 or len(seen) != frames:
+            raise ValueError("it is of another number of frames or parts")
+        return motion, seen
+    except Exception as error:                         # there is no end of what numpy may raise
+        raise UserError(f"{path} cannot be read ({error}): photos are wanted as python -m shapes.moving "
+                        "makes them") from None
+
+
 def motion_of(model, config, truth, poses, o, frame):
     """Objects (B,), frames (B,R) -> transforms (B,R,P,3,4): learned, known, or one part that stays"""
     if config.motion == "learned":
@@ -120,8 +135,8 @@ def main(argv=None):
     if not len(held):
         raise UserError(f"--every {config.every}: of {frames} frames none would be held out, to measure by")
     train = torch.tensor([k for k in range(frames) if k % config.every != config.every // 2])
-    parts = [np.load(Path(config.data, name, "parts.npz")) for name in photos.names]
-    truth = torch.from_numpy(np.linalg.inv([some["transforms"] for some in parts])).float()[..., :3, :]
+    parts = [read_parts(Path(config.data, name, "parts.npz"), frames) for name in photos.names]
+    truth = torch.from_numpy(np.stack([motion for motion, _ in parts])).float()
     run = Run(config.out, "parts", config, [f.name for f in fields(Config) if f.name not in FREE])
 
     torch.manual_seed(config.seed)
@@ -171,7 +186,7 @@ def main(argv=None):
         for k in held.tolist():
             rgb, alpha, found = whole_frame(model, volume, photos, o, k, one(o, k))
             quality.append(psnr(rgb, photos.rgb[o, k].float() / 255))
-            there = torch.from_numpy(parts[o]["seen"][k]).float()[None, None]
+            there = torch.from_numpy(parts[o][1][k]).float()[None, None]
             maps.append((found, alpha, F.interpolate(there, photos.size)[0, 0].long()))
     lines = [f"motion {config.motion}; held-out frames: {sum(quality) / len(quality):.2f} dB"]
     if config.motion != "none":

@@ -30,7 +30,7 @@ import autodecoder
 from autodecoder import Autodecoder, draw_batch, load_autodecoder
 from common import (RANK, UserError, command, fill, grid, load_newest, parse_config, pick_device,
                     save_picture, save_text, to_bytes)
-from lab.metrics import colour_residual
+from lab.metrics import colour_residual, read_weights
 from shapes.packed import read_photos
 from volume_render import pixel_rays, psnr, render_view
 
@@ -93,17 +93,13 @@ class Features(nn.Module):
 
 def read_vgg(layers, path):
     """Weights of a file with torchvision's names, checked"""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {f"features.{number}.{kind}": some for number, conv in layers.items()
-                  for kind, some in conv.named_parameters()}
-        wrong = [name for name, some in wanted.items() if state[name].shape != some.shape]
-    except KeyError as error:
-        raise UserError(f"--weights {path}: {error} is not in it; torchvision's vgg19 is wanted") from None
-    except Exception as error:              # there is no end of what pickle and torch may raise
-        raise UserError(f"--weights {path} cannot be read: {str(error).splitlines()[0][:80]}") from None
-    if wrong:
-        raise UserError(f"--weights {path}: {wrong[0]} has another shape; torchvision's vgg19 is wanted")
+    state = read_weights(path, "--weights")
+    wanted = {f"features.{number}.{kind}": some for number, conv in layers.items()
+              for kind, some in conv.named_parameters()}
+    for name, some in wanted.items():
+        if name not in state or state[name].shape != some.shape:
+            what = "has another shape" if name in state else "is not in it"
+            raise UserError(f"--weights {path}: {name} {what}; torchvision's vgg19 is wanted")
     for name, some in wanted.items():
         some.copy_(state[name])
 

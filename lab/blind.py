@@ -14,6 +14,7 @@ run  python -m lab.blind
 read main.
 """
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def score(path, samples):
     """Prints how many of the answers were right"""
     if not path.is_file():
         raise UserError(f"{path} is not there: first draw the sheet, by python -m lab.blind")
-    lines = [line.split() for line in path.read_text().splitlines()]
-    true = {int(number): kind == "sample" for number, kind, *_ in lines}
+    # People write notes into it
+    answers = re.findall(r"^(\d{1,9}) (sample|fresh)", path.read_text(errors="replace"), re.M)
+    true = {int(number): kind == "sample" for number, kind in answers}
+    if not true:
+        raise UserError(f"{path} holds no answers: draw the sheet again, by python -m lab.blind")
     if unknown := [str(number) for number in samples if number not in true]:
         raise UserError(f"--samples {' '.join(unknown)}: the sheet's numbers are 1 to {len(true)}")
     right = sum((number in samples) == is_sample for number, is_sample in true.items())

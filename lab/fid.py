@@ -28,7 +28,7 @@ from common import Run, UserError, command, parse_config, pick_device, save_text
 from diffusion import latents_of, sample
 from lab.evaluate import markdown
 from lab.fresh import AROUND, PIXELS, see_objects
-from lab.metrics import cubic, kernel_distance
+from lab.metrics import cubic, kernel_distance, read_weights
 from sample import load_models
 from volume_render import cameras, render_views
 
@@ -155,13 +155,9 @@ def load_inception(file):
         raise UserError("FID compares by Inception v3, whose weights this project does not carry: give a "
                         "file by --inception, as pytorch-fid's pt_inception-2015-12-05-6726825d.pth.  "
                         "python -m lab.evaluate needs none")
-    try:
-        weights = dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:                  # there is no end of what pickle and torch may raise
-        raise UserError(f"--inception {file} cannot be read: {type(error).__name__}") from None
-    classes = len(weights.get("fc.bias", ()))
+    weights = read_weights(file, "--inception")
     with torch.device("meta"):
-        network = Inception(classes or 1008)
+        network = Inception(weights["fc.bias"].numel() if "fc.bias" in weights else 1008)
     wanted = {name: some for name, some in network.state_dict().items() if "num_batches" not in name}
     wrong = [name for name, some in wanted.items() if getattr(weights.get(name), "shape", None) != some.shape]
     if wrong:

@@ -108,15 +108,19 @@ def see_object(split, index, seed, views, points):
     return {key: value.numpy() for key, value in one.items()}
 
 
+FEW = 64            # A process takes seconds to start.  So few objects are sooner seen by this one
+
+
 def see_objects(file, split, numbers, config, views, points, run):
     """The same of many objects of a split (a range of numbers), by all cores, kept for the next time"""
     def make():
         work = [(split, index, config.seed, views, points) for index in numbers]
-        rows, workers = [], min(os.cpu_count(), len(numbers))
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_setup)
+        rows, found, spawn = [], map(see_object, *zip(*work)), multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(os.cpu_count(), spawn, worker_setup) if len(work) > FEW else None
         try:
-            with no_ctrl_c():
-                found = pool.map(see_object, *zip(*work), chunksize=4)
+            if pool:
+                with no_ctrl_c():
+                    found = pool.map(see_object, *zip(*work), chunksize=4)
             for one in found:
                 rows.append(one)
                 run.progress(f"{split} objects", len(rows), len(numbers))
@@ -125,7 +129,8 @@ def see_objects(file, split, numbers, config, views, points, run):
         except OSError as error:                                 # the folder for temporary files is full
             raise UserError(f"a worker process cannot go on: {error}") from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            if pool:
+                pool.shutdown(cancel_futures=True)
         return {key: torch.stack([torch.from_numpy(one[key]) for one in rows]) for key in rows[0]}
 
     # More objects, or more points on each, will do as well

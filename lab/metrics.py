@@ -5,9 +5,12 @@ mean, and what to compare them with, stands in README.md.
 read largest_piece, chamfer, one_nna, z_u, kernel_distance.
 """
 import math
+import os
 
 import torch
 import torch.nn.functional as F
+
+from common import UserError
 
 
 # ------------------------------------------------------------------------------------- one picture, one shape
@@ -126,3 +129,17 @@ def cubic(x, y):
 
 def minus_distance(x, y):
     return -torch.cdist(x, y)
+
+
+# ----------------------------------------------------------------------------------- networks of other people
+
+def read_weights(file, flag):
+    """{name: tensor} of a file that somebody else saved by torch.save"""
+    try:
+        if not os.path.isfile(file):                       # a pipe might never end
+            raise OSError("there is no such file")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: some for name, some in state.items() if isinstance(some, torch.Tensor)}
+    except Exception as error:                            # there is no end of what pickle and torch may raise
+        why = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{flag} {file} cannot be read: {why}") from None

@@ -27,7 +27,7 @@ import diffusion
 import render_shapenet
 from common import Run, UserError, command, parse_config, save_figure, save_text
 from lab import evaluate
-from shapes.photos import objects_in
+from shapes.photos import objects_in, read_small
 
 
 @dataclass
@@ -85,10 +85,13 @@ def one_run(config, first, second, seed, begun=lambda: None):
                                                    **numbers)])
     # What a kill cut off, or somebody else wrote, is not a run's row
     try:
-        row = json.loads(tables.read_text())["rows"]["ours"]
-        if not all(math.isfinite(one) and math.isfinite(deviation or 0) for one, deviation in row.values()):
+        row = json.loads(read_small(tables, 1e8))["rows"]["ours"]
+        row = {column: row[column] for column in COLUMNS if column in row}
+        fine = [math.isfinite(one) and 0 <= (deviation or 0) < math.inf for one, deviation in row.values()]
+        if not all(fine) or not set(PLOTTED) & set(row):
             raise ValueError("its numbers are no numbers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
         raise UserError(f"{tables} cannot be read ({error!r}): delete it and run this again")
     return {"PSNR": held_out_psnr(stage1), **row}
 

@@ -43,7 +43,7 @@ from shapes.photos import (WHITE, atomic_folder, check_border, check_rotation, c
 class Config:
     src: str = ""                  # a scene, or a folder of scenes
     dst: str = ""                  # folder for the objects; those that it has already are left as they are
-    size: int = 128                # pixels along a side of the photos that are written (at least 1)
+    size: int = 128                # pixels along a side of the photos that are written (at least 8)
     views: int = 0                 # photos of each object, chosen at random; 0: all
 
 
@@ -178,7 +178,8 @@ def find_model(folder):
     names = [*(f"{sub}{name}" for sub in ("", "sparse/0/", "sparse/", "colmap/sparse/0/")
                for name in ("images.bin", "images.txt"))]
     found = (folder / name for name in ("transforms.json", *names))
-    return next((path for path in found if os.path.isfile(path)), None)
+    cameras = lambda path: path.with_name(path.name.replace("images", "cameras"))
+    return next((path for path in found if path.is_file() and cameras(path).is_file()), None)
 
 
 def read_scene(model, folder):
@@ -188,6 +189,8 @@ def read_scene(model, folder):
             views = read_transforms(model)
         else:
             cameras, images = (read_colmap_text if model.suffix == ".txt" else read_colmap_binary)(model)
+            if unknown := {which for *_, which, _ in images} - set(cameras):
+                raise UserError(f"{model} names camera {min(unknown)}, which is not in the file of cameras")
             views = [colmap_view(folder, name, q, t, *cameras[which]) for q, t, which, name in images]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             MemoryError, struct.error) as error:
@@ -212,6 +215,8 @@ def read_transforms(file):
             raise UserError(f"{file}: the lens is a fisheye, or has k3 or k4: undistort the photos first")
         if not get("fl_x") and not get("camera_angle_x"):
             raise UserError(f"{file} has neither fl_x nor camera_angle_x: how wide is the camera's view?")
+        if not get("fl_x") and not 0 < get("camera_angle_x") < math.pi:
+            raise UserError(f"{file}: camera_angle_x is an angle in radians, between 0 and pi")
         path = find_photo(file.parent, frame["file_path"])
         width, height = get("w"), get("h")
         if not width or not height:
@@ -237,6 +242,8 @@ def colmap_lens(file, kind, parameters):
     if kind not in COLMAP:
         raise UserError(f"{file}: cameras of COLMAP's kind {kind} are not read, only "
                         f"{', '.join(COLMAP)}: run `colmap image_undistorter` first")
+    if len(parameters) <= max(COLMAP[kind][1]):
+        raise UserError(f"{file}: a camera of the kind {kind} has {max(COLMAP[kind][1]) + 1} numbers")
     lens = [float(parameters[k]) for k in COLMAP[kind][1]]
     return tuple(lens + [0.0] * (8 - len(lens)))
 

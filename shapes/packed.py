@@ -146,7 +146,10 @@ def read_photos(folder, size, objects=0):
 def alone(path):
     """One process at a time makes this file.  The others wait, and then find it made"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name.lstrip('.')}.lock"), "a") as file:
+    # (A pipe in its place would block, were it not opened for both)
+    flags, lock = os.O_RDWR | os.O_CREAT, path.with_name(f".{path.name.lstrip('.')}.lock")
+    file = os.open(lock, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
         with suppress(ImportError):                                       # Windows has no such lock
             import fcntl
             try:
@@ -155,6 +158,8 @@ def alone(path):
                 print(f"another process is making {path}: waiting for it", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 def read_and_check(found, size):
@@ -206,6 +211,8 @@ def map_photos(path, key):
     if index["key"] != key or len(mapped) != index["bytes"] or mapped[-len(key):] != key.encode():
         raise UserError(f"{path} is of other photos")
     B, V = small["count"].shape
+    if 4 * B * V * n * n + 4 * small["count"].sum() + len(key) != len(mapped) or n < 1:
+        raise UserError(f"{path} is of another size")
     part = lambda offset, kind, *shape: torch.frombuffer(mapped, dtype=kind, count=math.prod(shape),
                                                          offset=offset).view(shape)
     rgb, mask = part(0, torch.uint8, B, V, n, n, 3), part(3 * B * V * n * n, torch.uint8, B, V, n, n)

@@ -206,10 +206,10 @@ def load_object(folder, size):
     return np.stack(photos), np.stack(masks) if has_masks else None, poses, intrinsics, sides[0]
 
 
-def read_small(path):
+def read_small(path, most=100_000):
     """The text of a small file.  What is no file (a pipe, a device, a folder) is not opened: reading it might
     never end."""
-    if not path.is_file() or path.stat().st_size > 100_000:
+    if not path.is_file() or path.stat().st_size > most:
         raise UserError(f"{path} is not there" if not path.exists() else f"{path} is no small text file")
     return path.read_text(errors="replace")
 
@@ -218,9 +218,11 @@ def read_numbers(path, lines=None):
     """The numbers of a small text file; `lines`: of these lines alone."""
     try:
         text = read_small(path)
+        if lines and len(text.split("\n")) <= max(lines):
+            raise ValueError(f"it has no line {max(lines) + 1}")
         words = " ".join(text.split("\n")[k] for k in lines).split() if lines else text.split()
         values = np.array([float(word) for word in words])
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not (np.abs(values) < 1e6).all():
         raise UserError(f"{path} holds a number that is not finite, or absurdly large")
@@ -257,8 +259,9 @@ def read_intrinsics(path, size):
     """"f cx cy 0." and, on the fourth line, "H W": to use photos at another size
     f, cx and cy are scaled by new/old."""
     camera, extent = read_numbers(path, [0]), read_numbers(path, [3])
-    square = len(extent) == 2 and extent[0] == extent[1]
-    if len(camera) not in (3, 4) or not square or not (0 < camera[:3]).all() or (camera[1:3] >= extent).any():
+    square = len(extent) == 2 and extent[0] == extent[1] >= 1
+    fits = len(camera) in (3, 4) and square and (1e-3 < camera[:3]).all() and (camera[1:3] < extent).all()
+    if not fits:
         raise UserError(f"{path}: 'f cx cy 0.' on line 1 and 'H W', with H = W, on line 4 are wanted")
     f, cx, cy = camera[:3] * size / extent[0]
     return np.array([[f, 0, cx], [0, f, cy], [0, 0, 1]], np.float32)

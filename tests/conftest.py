@@ -31,8 +31,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A folder where the lab keeps its fresh objects, and the network that reads them, for all tests"""
+    return tmp_path_factory.mktemp("lab") / "fresh"
+
+
+@pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """A smoke-sized autodecoder of them"""
+    """A smoke-sized autodecoder of them, trained until space is empty: fog takes long to render"""
     out = tmp_path_factory.mktemp("runs") / "autodecoder"
-    train(data, out)
+    train(data, out, "--steps", "150", "--rays", "256", "--preview_every", "150", "--save_every", "75")
     return out

@@ -1,4 +1,5 @@
 """What a second attack found: each line of it is a test that failed before."""
+import json
 import math
 import os
 import subprocess
@@ -39,10 +40,10 @@ def flags(trained, out, *more):
 
 # ---- what belongs together ----
 
-def test_unseen_photos_that_are_asked_for_are_the_ones_that_are_fitted(denoiser, data, tmp_path):
+def test_unseen_photos_that_are_asked_for_are_the_ones_that_are_fitted(denoiser, data, tmp_path, cache):
     """--data was ignored where fresh objects can be made"""
     some = ["--preset", "smoke", "--no-controls", "--diffusion", str(denoiser), "--device", "cpu",
-            "--cache", str(tmp_path / "fresh")]
+            "--cache", str(cache)]
     with pytest.raises(UserError, match="--data /nowhere is not there"):
         evaluate.main([*some, "--data", "/nowhere", "--out", str(tmp_path / "a")])
     evaluate.main([*some, "--data", str(data / "earphones_test"), "--out", str(tmp_path / "b")])
@@ -64,6 +65,16 @@ def test_a_denoiser_of_another_autodecoder_is_not_packed(denoiser, tmp_path):
     save_checkpoint(tmp_path / "d/last.pt", state | {"autodecoder": "another"})
     with pytest.raises(UserError, match="was trained on another autodecoder"):
         box.main(["--diffusion", str(tmp_path / "d"), "--out", str(tmp_path / "box")])
+    assert not (tmp_path / "box").exists()
+
+
+def test_a_denoiser_that_is_whole_and_wrong_is_not_packed(denoiser, tmp_path):
+    state = load_checkpoint(denoiser / "last.pt")
+    for wrong in (state | {"config": {}}, state | {"config": state["config"] | {"autodecoder": 5}},
+                  {key: value for key, value in state.items() if key != "step"}):
+        save_checkpoint(tmp_path / "d/last.pt", wrong)
+        with pytest.raises(UserError, match="last.pt|trained by another version"):
+            box.main(["--diffusion", str(tmp_path / "d"), "--out", str(tmp_path / "box")])
     assert not (tmp_path / "box").exists()
 
 
@@ -118,8 +129,11 @@ def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_pat
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
     short = ["--diffusion", str(denoiser), "--count", "2", "--steps", "2", "--device", "cpu"]
-    for _ in range(2):                                         # the second finds what the first has written
-        sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
+    report = tmp_path / "s/report.json"
+    sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
+    report.write_text('{"wrote": 5}')                          # the next finds what a stranger has written
+    sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
+    assert json.loads(report.read_text())["wrote"] == ["beside.png"]
     export.main([*short, "--frames", "0", "--sheet", "0", "--resolution", "8", "--out", str(tmp_path / "e")])
     assert all(file.read_text() == "mine" for file in mine)
 

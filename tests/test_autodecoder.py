@@ -22,6 +22,16 @@ from conftest import SMOKE, train
 from shapes.packed import Photos, extent, read_photos
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Twelve steps, which a test can take anew"""
+    out = tmp_path_factory.mktemp("short") / "autodecoder"
+    train(data, out)
+    return out
+
+
 # ---- the model ----
 
 @pytest.mark.parametrize("change, latent, volume", [
@@ -113,6 +123,33 @@ def test_recoloured_photos_have_the_other_palette(data):
     for one, (o, k) in enumerate(zip(objects, whose)):
         same = torch.equal(new[2][one], batch[2][one])
         assert same == (o == k)
+
+
+def test_colour_codes_begin_as_palettes():
+    """Objects of like colours begin with like codes; one object alone begins at random"""
+    torch.manual_seed(0)
+    model, alone = (stage.Autodecoder(replace(stage.Config(), channels=(4,)), count) for count in (40, 1))
+    mean, root = torch.rand(40, 3), 0.1 * torch.randn(40, 3, 3)
+    palettes = mean, root @ root.mT
+    before = model.colours.detach().clone()
+    model.begin(palettes)
+    way = model.colours.detach() - before
+    assert 0.1 < way.std() < 1 and torch.linalg.matrix_rank(way, rtol=1e-4) <= 9        # of 12, 3 stand twice
+    known = torch.cat([mean, stage.power(palettes[1], 0.5).flatten(1)], 1)
+    apart = lambda some: torch.pdist((some - some.mean(0)) / some.std(0))
+    assert torch.corrcoef(torch.stack([apart(known), torch.pdist(way)]))[0, 1] > 0.8
+    alone.begin([some[:1] for some in palettes])
+    assert alone.colours.isfinite().all()
+
+
+def test_palettes_are_given_once_and_only_where_objects_are_painted(data, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(stage.Autodecoder, "begin", lambda model, palettes: calls.append(len(palettes[0])))
+    train(data, tmp_path / "a", "--steps", "2")
+    assert calls == [3]
+    train(data, tmp_path / "a", "--steps", "2")                                                # it goes on
+    train(data, tmp_path / "b", "--steps", "2", "--recolour", "0")
+    assert calls == [3]
 
 
 def test_stretched_rays_see_the_stretched_object():
@@ -283,6 +320,11 @@ def test_photos_of_a_stopped_stage_0_are_completed_first(tmp_path, monkeypatch):
         prepare()
         stage.render_shapenet.make_missing(data)
         assert len(made) == calls
+    recipe.unlink()
+    os.mkfifo(recipe)                                               # it is not opened: that would never end
+    picture.unlink()
+    stage.render_shapenet.make_missing(data)
+    assert len(made) == 2
     monkeypatch.setattr(stage.Config, "data", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
         stage.main([*SMOKE, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")])

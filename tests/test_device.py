@@ -40,18 +40,18 @@ STAGES = {
                "--out", "HERE/sample"),
     "export": (export.main, "--diffusion", "HERE/diffusion", "--count", 2, "--size", 24,
                "--out", "HERE/export"),
-    "evaluate": (evaluate.main, "--preset", "smoke", "--diffusion", "HERE/diffusion", "--cache", "HERE/c",
+    "evaluate": (evaluate.main, "--preset", "smoke", "--diffusion", "HERE/diffusion",
                  "--out", "HERE/evaluate"),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_on_a_device(stage, run, data, pretended):
+def test_on_a_device(stage, run, data, cache, pretended):
     main, *flags = STAGES[stage]
     if stage == "autodecoder":
         flags += ["--data", data / "earphones_train"]
     if stage == "evaluate":
-        flags += ["--data", data / "earphones_test"]
+        flags += ["--data", data / "earphones_test", "--cache", cache]
     out = run(main, *flags) / stage
     wanted = {"sample": "sheet.png", "export": "viewer.html", "evaluate": "tables.md"}
     assert (out / wanted.get(stage, "last.pt")).is_file()

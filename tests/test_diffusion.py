@@ -131,7 +131,7 @@ def test_levels_are_where_the_choice_is():
     model = Linear(40)
     denoiser = fitted(model, 0)
     points = denoiser.to_components(model.to_latent(model.codes))
-    sigma = denoiser.level(torch.linspace(0, 1, 101))
+    sigma = denoiser.sigma_at(torch.linspace(0, 1, 101))
     entropy = stage.posterior_entropy(points, sigma.tolist(), torch.Generator().manual_seed(1))
     assert (sigma.diff() > 0).all() and entropy[0] < 0.01 and entropy[-1] > 0.9
     between = ((entropy > 0.02) & (entropy < 0.9)).float().mean()
@@ -144,7 +144,7 @@ def test_levels_are_those_of_the_table():
     denoiser = fitted(Linear(20), 0)
     assert len(denoiser.levels) == 1000 and (denoiser.levels.diff() > 0).all()
     places = torch.tensor([0.0, 500 / 999, 1.0])
-    assert torch.equal(denoiser.level(places), denoiser.levels[[0, 500, 999]])
+    assert torch.equal(denoiser.sigma_at(places), denoiser.levels[[0, 500, 999]])
 
 
 def test_level_embedding_golden():
@@ -185,13 +185,13 @@ def test_the_loss_is_that_of_the_papers(formulation):
     ours = stage.denoising_loss(denoiser, z, None, n, u)
     share = deviation ** 2 / deviation.square().mean()
     if formulation == "ddpm":
-        sigma = denoiser.level(u)[:, None]
+        sigma = denoiser.sigma_at(u)[:, None]
         a = 1 / (1 + sigma ** 2)                                                     # alpha_bar
         x = a.sqrt() * z + (1 - a).sqrt() * n
         predicted = (x - a.sqrt() * wrong(x / a.sqrt(), sigma)) / (1 - a).sqrt()
         expected = (share * (predicted - n).square()).mean(1)
     else:
-        sigma = denoiser.level(u)[:, None]
+        sigma = denoiser.sigma_at(u)[:, None]
         error = (wrong(z + sigma * n, sigma) - z).square()
         expected = (share * error / (sigma ** 2 + deviation ** 2 / 10)).mean(1)
     assert torch.allclose(ours, expected, rtol=1e-9)

@@ -195,7 +195,8 @@ def test_points_of_a_mesh_lie_on_it_and_the_cameras_stand_all_around():
     assert torch.equal(fresh.cloud(origins, directions, depth, gap > 9, 5), torch.zeros(5, 3))
 
 
-def test_the_reader_learns_what_it_is_shown(tmp_path):
+def test_the_reader_learns_what_it_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(fresh, "FEW", 2)                                          # by several processes
     config = stage.Config(readings=6, reader_steps=120, cache=str(tmp_path))
     run = stage.Run(tmp_path, "fresh", config, (), stale=())
     reader = fresh.train_reader(config, run, torch.device("cpu"))
@@ -211,15 +212,17 @@ def test_the_reader_learns_what_it_is_shown(tmp_path):
 # ---------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="module")
-def arguments(trained, data, tmp_path_factory):
+def arguments(trained, data, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--device", "cpu",
                     "--out", str(folder / "diffusion")])
-    return ["--preset", "smoke", "--diffusion", str(folder / "diffusion"), "--cache", str(folder / "fresh"),
+    return ["--preset", "smoke", "--diffusion", str(folder / "diffusion"), "--cache", str(cache),
             "--data", str(data / "earphones_test"), "--out", str(folder / "out"), "--device", "cpu"]
 
 
-def test_a_run_repeats_to_the_last_digit(arguments, capsys):
+def test_a_run_repeats_to_the_last_digit(arguments, cache, capsys):
+    for file in cache.glob("fits_*"):                                   # other tests may have fitted them
+        file.unlink()
     stage.main(arguments)
     out = stage.Path(arguments[arguments.index("--out") + 1])
     first = (out / "tables.json").read_text()
@@ -254,15 +257,15 @@ def test_of_thousands_some_stand_for_all(arguments, monkeypatch, capsys, tmp_pat
     assert row["Z_U"] == whole["Z_U"]
 
 
-def test_without_fresh_objects_the_table_says_so(data, tmp_path):
+def test_without_fresh_objects_the_table_says_so(data, cache, tmp_path):
     for k, entry in enumerate(sorted((data / "earphones_train").iterdir())):
         (tmp_path / "real/earphones_train").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"real/earphones_train/model{k}").symlink_to(entry)
-    train(tmp_path / "real", tmp_path / "autodecoder")
+    train(tmp_path / "real", tmp_path / "autodecoder", "--steps", "100", "--rays", "256")
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(tmp_path / "autodecoder"),
                     "--device", "cpu", "--out", str(tmp_path / "diffusion")])
     flags = ["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--device", "cpu",
-             "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "fresh"), "--no-controls"]
+             "--out", str(tmp_path / "out"), "--cache", str(cache), "--no-controls"]
     stage.main(flags)                                          # nothing is held out: only what needs nothing
     rows = json.loads((tmp_path / "out/tables.json").read_text())["rows"]
     assert {"d1", "copies"} <= set(rows["ours"]) and not {"Z_U", "1-NNA"} & set(rows["ours"])
@@ -354,7 +357,7 @@ def test_a_worker_whose_disk_is_full_is_one_sentence(tmp_path, monkeypatch):
         def map(self, *_, **__): raise OSError(28, "No space left on device")
     monkeypatch.setattr(fresh, "ProcessPoolExecutor", Pool)
     with pytest.raises(UserError, match="worker process cannot go on: .*No space"):
-        fresh.see_objects(tmp_path / "x.pt", "test", range(2), stage.Config(), 4, 0, None)
+        fresh.see_objects(tmp_path / "x.pt", "test", range(65), stage.Config(), 4, 0, None)
 
 
 def test_lines_of_a_log_that_are_no_rows_are_passed_over(tmp_path):
@@ -380,7 +383,9 @@ def test_the_held_out_number_is_that_of_the_closing_table(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"rows": {"ou', "[]", '{"rows": {}}', '{"rows": {"ours": {"d1": 3}}}',
-                                     '{"rows": {"ours": {"copies": [null, null]}}}', '{"rows": {"ours": "ab"}}'])
+                                     '{"rows": {"ours": {"copies": [null, null]}}}', '{"rows": {"ours": "ab"}}',
+                                     '{"rows": {"ours": {}}}', '{"rows": {"ours": {"COV": [0.5, -1]}}}',
+                                     '{"rows": {"ours": {"COV": [1%s, 0]}}}' % ("0" * 400)])
 def test_tables_that_are_cut_are_one_sentence(tmp_path, content):
     config = sweep.Config(out=str(tmp_path))
     folder = tmp_path / "stage2/default+mix=0.0+0/evaluate"
@@ -409,7 +414,7 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
     photos = str(tmp_path / "data")
     render_shapenet.main(["--out", photos, "--objects", "3", "--test_objects", "0",
                           "--views", "2", "--holdout_views", "8", "--size", "32", "--workers", "1"])
-    flags = ["mix", "--stages", "smoke", "--data", photos, "--out", str(tmp_path), "--steps1", "4",
+    flags = ["mix", "--stages", "smoke", "--data", photos, "--out", str(tmp_path), "--steps1", "100",
              "--steps2", "4", "--count", "6", "--points", "64", "--fits", "4", "--device", "cpu", "--cache",
              arguments[arguments.index("--cache") + 1]]
     with pytest.raises(UserError, match="--hours 0 are over, 0 runs done"):
@@ -435,7 +440,19 @@ def test_a_sweep_resumes_and_reports(arguments, tmp_path, monkeypatch, capsys):
         sweep.main(["mixx"])
 
 
-def test_a_blind_sheet_hides_what_it_shows_and_scores_answers(trained, data, tmp_path, capsys):
+@pytest.mark.parametrize("notes", ["", "\n# I think\n", "\xff"])
+def test_notes_among_the_answers_do_no_harm(tmp_path, notes, capsys):
+    from lab import blind
+    file = tmp_path / "answers.txt"
+    file.write_bytes(b"1 sample of seed 0\n2 fresh object 3\n" + notes.encode("latin-1"))
+    blind.score(file, {1})
+    assert "2 of 2 right" in capsys.readouterr().out
+    file.write_text(notes)
+    with pytest.raises(UserError, match="holds no answers"):
+        blind.score(file, {1})
+
+
+def test_a_blind_sheet_hides_what_it_shows_and_scores_answers(trained, data, cache, tmp_path, capsys):
     from lab import blind
     out = tmp_path / "blind"
     diffusion.main(["--preset", "smoke", "--autodecoder", str(trained), "--steps", "4",
@@ -444,7 +461,7 @@ def test_a_blind_sheet_hides_what_it_shows_and_scores_answers(trained, data, tmp
         blind.main(["--out", str(out), "--samples", "1"])
     blind.main(["--preset", "smoke", "--diffusion", str(tmp_path / "diffusion"), "--fits", "4",
                 "--data", str(data / "earphones_test"), "--out", str(out),
-                "--cache", str(tmp_path / "cache")])
+                "--cache", str(cache)])
     lines = [line.split() for line in (out / "answers.txt").read_text().splitlines()]
     true = [int(number) for number, kind, *_ in lines if kind == "sample"]
     assert len(lines) == 2 * len(true) == 4 and (out / "blind.png").exists()     # of two test objects

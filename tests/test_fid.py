@@ -67,11 +67,11 @@ def weights(tmp_path_factory):
     return file
 
 
-def test_a_table_by_stand_in_weights(weights, trained, data, tmp_path, capsys):
+def test_a_table_by_stand_in_weights(weights, trained, data, tmp_path, cache, capsys):
     diffusion.main(["--preset", "smoke", "--steps", "4", "--autodecoder", str(trained), "--device", "cpu",
                     "--out", str(tmp_path / "diffusion")])
     fid.main(["--preset", "smoke", "--inception", str(weights), "--diffusion", str(tmp_path / "diffusion"),
-              "--cache", str(tmp_path / "fresh"), "--out", str(tmp_path / "fid"), "--device", "cpu"])
+              "--cache", str(cache), "--out", str(tmp_path / "fid"), "--device", "cpu"])
     text = (tmp_path / "fid/fid.md").read_text()
     assert "stand_in.pth" in text and all(f"| {name} |" in text for name in ("fresh objects", "ours"))
     assert "| ours | 16 |" in text and "nan" not in text
@@ -82,6 +82,9 @@ def test_weights_that_are_missing_or_others_are_one_sentence(weights, tmp_path):
         fid.main([])
     with pytest.raises(UserError, match="cannot be read"):
         fid.load_inception(str(tmp_path / "nothing.pth"))
+    torch.save({"fc.bias": None}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="no Inception v3"):
+        fid.load_inception(str(tmp_path / "none.pth"))
     state = torch.load(weights)
     less = {name: some for name, some in state.items() if "Mixed_6b.branch1x1" not in name}
     torch.save(less, tmp_path / "less.pth")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SMOKE = '''
 STAGE_0 = "--objects 4 --views 10 --size 32"
-STAGE_1 = "--preset smoke"
+STAGE_1 = "--preset smoke --steps 150 --rays 256 --preview_every 150 --save_every 150"
 STAGE_2 = "--preset smoke"
 STAGE_3 = "--count 2 --steps 3 --views 2 --size 32"
 BOX_SAMPLES = "--count 1 --steps 3 --views 0"

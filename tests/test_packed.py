@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from common import UserError
+from common import UserError, load_checkpoint, save_checkpoint
 from shapes import packed
 from shapes.photos import load_photos
 
@@ -73,7 +73,13 @@ def test_two_that_begin_at_once_pack_once(folder, monkeypatch, capsys):
     assert len(calls) == 1 and torch.equal(a.rgb, b.rgb) and "waiting for it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["cut", "key", "index", "gone", "folder"])
+def test_a_pipe_in_the_place_of_the_lock_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / ".photos.lock")
+    with packed.alone(tmp_path / ".photos"):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["cut", "key", "index", "size", "gone", "folder"])
 def test_a_damaged_pack_is_packed_again(folder, damage):
     before = packed.read_photos(folder, 32).rgb.clone()
     pixels = next(folder.glob(".photos*.bytes"))
@@ -87,6 +93,9 @@ def test_a_damaged_pack_is_packed_again(folder, damage):
         small = bytearray(index.read_bytes())
         small[len(small) // 2] ^= 4
         index.write_bytes(small)
+    elif damage == "size":
+        state = load_checkpoint(index)
+        save_checkpoint(index, state | {"size": -32})
     elif damage == "gone":
         index.unlink()
     else:

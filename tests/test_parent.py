@@ -1,5 +1,6 @@
 """What else the parent paper does: hashed codes, perceptual loss, learned cameras, things that move."""
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_weights_of_a_file_are_checked_and_used(tmp_path):
     plain = (x - mean[:, None, None]) / deviation[:, None, None]
     wanted = F.relu(F.conv2d(plain, state["features.0.weight"], padding=1))
     assert torch.allclose(perceptual.Features(str(file))(x)[0], wanted, atol=1e-6)
-    for change, message in ((lambda s: s.pop("features.28.bias"), "'features.28.bias' is not in it"),
+    for change, message in ((lambda s: s.pop("features.28.bias"), "features.28.bias is not in it"),
                             (lambda s: s.update({"features.5.weight": torch.zeros(3)}), "another shape")):
         wrong = dict(state)
         change(wrong)
@@ -95,7 +96,9 @@ def test_weights_of_a_file_are_checked_and_used(tmp_path):
         with pytest.raises(UserError, match=message):
             perceptual.Features(str(file))
     file.write_bytes(b"no weights")
-    for path in (file, tmp_path / "absent.pth"):
+    (tmp_path / "empty.pth").touch()
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (file, *(tmp_path / f"{name}.pth" for name in ("absent", "empty", "pipe"))):
         with pytest.raises(UserError, match="cannot be read"):
             perceptual.Features(str(path))
 
@@ -275,6 +278,23 @@ def test_a_chapter_runs_and_goes_on(chapter, more, wrote, said, data, tmp_path, 
     assert all((tmp_path / "run" / name).stat().st_size > 20 for name in wrote)
     chapter.main(arguments)
     assert "going on from step 12" in capsys.readouterr().out
+
+
+def test_broken_parts_are_one_sentence(tmp_path):
+    file, good = tmp_path / "parts.npz", np.tile(np.eye(4), (3, 4, 1, 1))
+
+    def written(**arrays):
+        np.savez(file, **arrays)
+        return file
+    assert parts.read_parts(written(transforms=good, seen=np.zeros((3, 8, 8))), 3)[0].shape == (3, 4, 3, 4)
+    for spoil in (lambda: written(transforms=good), lambda: written(transforms=0 * good, seen=good[..., 0]),
+                  lambda: written(transforms=good[:2], seen=np.zeros((2, 8, 8))),
+                  lambda: written(transforms=np.array([None]), seen=good[..., 0]),
+                  lambda: file.write_bytes(b""), lambda: file.write_bytes(b"PK\3\4 cut"), file.unlink,
+                  lambda: os.mkfifo(file)):
+        spoil()
+        with pytest.raises(UserError, match="cannot be read .*shapes.moving"):
+            parts.read_parts(file, 3)
 
 
 @pytest.mark.parametrize("motion", ["learned", "known", "none"])

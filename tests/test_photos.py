@@ -19,7 +19,7 @@ from common import UserError, camera_to_world_at
 from shapes import convert
 from shapes.meshes import load_obj
 from shapes.packed import read_photos
-from shapes.photos import kinds_of, load_photos, read_photo, write_transforms
+from shapes.photos import kinds_of, load_photos, read_intrinsics, read_photo, write_transforms
 from shapes.rasterizer import rasterize, to_world
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +257,7 @@ def set_frames(file, **values):
     (lambda s: set_frames(s / "transforms.json", frames=[]), "names no photos"),
     (lambda s: set_frames(s / "transforms.json", frames=3), "cannot be read"),
     (lambda s: set_frames(s / "transforms.json", fl_x=None), "neither fl_x nor camera_angle_x"),
+    (lambda s: set_frames(s / "transforms.json", fl_x=None, camera_angle_x=-5), "between 0 and pi"),
     (lambda s: set_frames(s / "transforms.json", fl_x=float("nan")), "makes no sense"),
     (lambda s: set_frames(s / "transforms.json", w=float("inf")), "cannot be read"),
     (lambda s: set_frames(s / "transforms.json", is_fisheye=True), "fisheye"),
@@ -292,6 +293,26 @@ def test_cameras_that_cannot_be(scene, tmp_path):
         file.write_bytes(file.read_bytes()[:-60])
         with pytest.raises(UserError, match="images.* (cannot be read|not there)"):
             run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "holds no scene"), ("", "names camera 9"), ("8 SIMPLE_PINHOLE 9 9 9 4 4\n", "names camera 9"),
+    (f"9 OPENCV {W} {H} 90 90 20 20\n", "kind OPENCV has 8 numbers")])
+def test_the_file_of_cameras_is_the_one_that_is_blamed(scene, tmp_path, text, message):
+    _, poses, photos, _ = scene
+    source = write_colmap(tmp_path / "s", poses, photos, binary=False)
+    file = convert.find_model(source).with_name("cameras.txt")
+    file.unlink()
+    file.write_text(text) if text is not None else os.mkfifo(file)
+    with pytest.raises(UserError, match=message):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "1e-300 16 16 0.\n0. 0. 0.\n1.\n32 32\n", "16 .2 .2\n\n\n.5 .5\n"])
+def test_intrinsics_of_no_camera_are_one_sentence(tmp_path, text):
+    (tmp_path / "intrinsics.txt").write_text(text)
+    with pytest.raises(UserError, match="it has no line 4|'f cx cy 0.' on line 1"):
+        read_intrinsics(tmp_path / "intrinsics.txt", 32)
 
 
 def test_several_scenes(scene, tmp_path, capsys):

@@ -171,8 +171,8 @@ def test_obedience_counts():
     assert obedience.pairs(torch.tensor([4, 4, 7]), distance) == 2
 
 
-def test_obedience_is_measured(asked_once, tmp_path, capsys):
-    flags = ["--preset", "smoke", "--prompt", str(asked_once[0]), "--cache", str(tmp_path / "fresh"),
+def test_obedience_is_measured(asked_once, tmp_path, cache, capsys):
+    flags = ["--preset", "smoke", "--prompt", str(asked_once[0]), "--cache", str(cache),
              "--out", str(tmp_path / "out"), "--device", "cpu"]
     obedience.main(flags)
     text = (tmp_path / "out/tables.md").read_text()

@@ -17,8 +17,8 @@ ROOMS = ("", "shapes", "lab", "viewer", "chapters")
 STAGE = "--preset smoke --steps 4 --device cpu "
 SMALL = {                                      # what makes each small; of a flag given twice the last counts
     "render_shapenet": "--views 8 --holdout_views 4 --size 32 --workers 1 --device cpu ",
-    "autodecoder": STAGE + "--preview_every 4 --save_every 4 --dense_steps 2 --rays 64 --holdout_views 4 "
-                           "--objects 4 ",
+    "autodecoder": "--preset smoke --steps 100 --preview_every 100 --save_every 100 --dense_steps 2 "
+                   "--rays 256 --holdout_views 4 --objects 4 --device cpu ",       # fog renders slowly
     "diffusion": STAGE + "--preview_every 4 --save_every 4 ",
     "sample": "--count 2 --steps 2 --views 2 --size 32 --device cpu ",
     "volume_render": "--resolution 16 --size 16 --samples 8 --device cpu ",
@@ -73,7 +73,7 @@ RUN = [one for one in COMMANDS if not one[2].startswith("chapters.") or FIRST[on
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(cache, tmp_path_factory):
     """Stand-ins: ShapeNet in ~, SRN's data, photos of one's own"""
     folder = tmp_path_factory.mktemp("readme")
     golden, home = ROOT / "tests/golden/ShapeNetCore.v2/03261776", folder / "home"
@@ -83,6 +83,9 @@ def made(tmp_path_factory):
     photo = next((folder / "made/earphones_train").glob("*/rgb/000000.png"))
     shutil.copy(photo, folder / "my.png")
     (folder / "pretrained").symlink_to(ROOT / "pretrained")
+    cache.mkdir(exist_ok=True)
+    (folder / "runs").mkdir()
+    (folder / "runs/fresh_smoke").symlink_to(cache)
     for place in (home / "cars_train", home / "cars_val", folder / "my_photos"):    # SRN's: without masks
         shutil.copytree(folder / "made/earphones_train", place, ignore=shutil.ignore_patterns("mask"))
     return folder

@@ -31,9 +31,9 @@ def main(argv=None):
     for name in ("autodecoder", "diffusion"):            # --out runs would replace the runs by their boxes
         if Path(config.out, name, "config.json").exists():
             raise UserError(f"{Path(config.out, name)} holds a run of its own: use another --out")
-    second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py", "denoiser")
-    first = load_stage(second["config"]["autodecoder"], "stage 1's model", "autodecoder.py", "model")
     load_denoiser(config.diffusion)          # refuses one that was trained on another autodecoder
+    second = load_stage(config.diffusion, "stage 2's denoiser", "diffusion.py", "denoiser", "step")
+    first = load_stage(second["config"]["autodecoder"], "stage 1's model", "autodecoder.py", "model", "step")
     kept = {key: first[key] for key in ("config", "names", "step")}
     save_checkpoint(Path(config.out, "autodecoder/last.pt"), kept | {"model": small(first["model"])})
     # Rounding changed the weights a little: the denoiser is now that of the rounded autodecoder
