@@ -353,10 +353,10 @@ def recombined(model, count, generator, config):
     parents, share, whose = (some.to(shapes.device) for some in draw_parents(model, count, generator, config))
     shape = (share[..., None] * shapes[parents]).sum(1)
 
-    # Stretches as far as stage 1 has shown them; the box's diagonal stays that of an object
+    # Stretches as far as stage 1 has shown them; the box's diagonal stays an object's (256 tell its length)
     stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
     codes = torch.cat([shape, model.colours[whose], stretch], 1)
-    longer = (diagonals(model, codes) / diagonals(model, model.codes).mean()).log().clamp(-0.5, 0.5)
+    longer = (diagonals(model, codes) / diagonals(model, model.codes[:256]).mean()).log().clamp(-0.5, 0.5)
     codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
     return codes
 

@@ -168,7 +168,7 @@ class Ideal:
         self.guess = self.denoise
         self.error = lambda guess, codes, z: guess - z
 
-    level = stage.Denoiser.level
+    sigma_at = stage.Denoiser.sigma_at
 
 
 @pytest.mark.parametrize("formulation", ["ddpm", "edm"])
