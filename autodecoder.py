@@ -16,7 +16,7 @@ alone.  It also makes object i wider or taller: it sends stretched rays through 
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
-run  python autodecoder.py                                       72 objects: 30.80 dB (row A10)
+run  python autodecoder.py                                       72 objects: 30.75 dB (row A6)
      python autodecoder.py --objects 1 --steps 1000 --out runs/one   one object: 30.15 dB
      python autodecoder.py --preset smoke --out runs/smoke           checks the plumbing, not the quality
 read Config, Autodecoder, draw_batch, recolouring, photos_nobody_took, reconstruction_loss, main; fit_codes.
@@ -69,7 +69,7 @@ class Config:
     rays: int = 8192                     # rays in a step, shared by its objects (at least 64)
     foreground: float = 0.5              # share of the rays drawn near the object (from 0 to 1)
     decoder_lr: float = 8e-3             # the decoder's learning rate, at its highest
-    code_lr: float = 1e-2                # the codes' learning rate, at its highest; 3e-2 if visited rarely
+    code_lr: float = 1e-2                # the codes' learning rate, at its highest; 3e-2 for thousands
     lr_floor: float = 0.03               # of both at the end, as a share of the highest (from 0 to 1)
     mask_weight: float = 0.1             # weight of the opacity's squared error
     code_decay: float = 1e-4             # weight of the codes' mean square: keeps them near each other
@@ -96,6 +96,7 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 # ------------------------------------------------------------------------------------------------ the decoder
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
 BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
+RARELY = 100                       # an object in fewer steps than this learns its shape, hardly its colours
 
 class Block(nn.Module):
     """Two 3^3 convolutions, each after a norm and a nonlinearity, around a skip."""
@@ -138,8 +139,7 @@ class Autodecoder(nn.Module):
             self.leave[-1].bias[:8].fill_(BORN)
 
     def begin(self, palettes):
-        """Colour codes begin as their photos' palettes, along random directions.  Of thousands of objects
-        each is visited rarely, and colours that begin at random are then not learned (row W7)"""
+        """Colour codes begin as their photos' palettes, along random directions (see RARELY, and row W7)"""
         known = torch.cat([palettes[0], power(palettes[1], 0.5).flatten(1)], 1)                # (N,12)
         known = 0.1 * (known - known.mean(0)) / (known.std(0, correction=0) + 1e-6)
         self.colours.data += (known @ torch.randn(12, self.config.colour_width)).to(self.colours.device)
@@ -364,7 +364,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
         print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
         config.recolour = 0.0
     palettes, extents = first_then_others(lambda: photos.measured(train_views))
-    if not state and config.recolour:
+    if not state and config.recolour and config.steps * B < RARELY * len(photos.names):
         model.begin(palettes)
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 

@@ -116,6 +116,8 @@ def main(argv=None):
     config = parse_config(Config, PRESETS, with_box(argv, Config))
     device, out = pick_device(config.device), Path(config.out)
     model, names = load_autodecoder(config.autodecoder, device)
+    if len(names) < 3:
+        raise UserError(f"{config.autodecoder} knows {len(names)} objects: at least 3 are wanted")
     training = latents_of(model, model.codes)
     r = training.shape[-1]
     if config.window and (config.window % 2 == 0 or config.window >= r):

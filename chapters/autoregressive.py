@@ -145,12 +145,11 @@ def drawn(transformer, given, length, generator, temperature):
     return tokens
 
 
-def codes_of_unseen(model, config):
+def codes_of_unseen(model, photos, config):
     """Codes found from eight photos of each object in --unseen (N,W), or None if there are no photos"""
-    if not Path(config.unseen).is_dir():
+    if not photos:
         print(f"no photos in {config.unseen}: nothing is measured on unseen objects")
         return None
-    photos = read_photos(config.unseen, model.config.size, config.objects)
     count = photos.rgb.shape[1]
     views = torch.linspace(0, count - 1, min(8, count)).round().long()
     print(f"fitting the codes of {len(photos.names)} unseen objects to {len(views)} photos each", flush=True)
@@ -161,6 +160,7 @@ def main(argv=None):
     config = parse_config(Config, PRESETS, with_box(argv, Config))
     device = pick_device(config.device)
     model, names = load_autodecoder(config.autodecoder, device)
+    photos = Path(config.unseen).is_dir() and read_photos(config.unseen, model.config.size, config.objects)
     side = model.config.latent_resolution
     if side % 2 or len(names) < 3:
         raise UserError(f"{config.autodecoder}: a latent of even side, of at least 3 objects, is wanted")
@@ -207,7 +207,7 @@ def main(argv=None):
             record(run, model, networks, optimizers, step, total, numbers)
 
     transformer.eval()
-    unseen = codes_of_unseen(model, config)
+    unseen = codes_of_unseen(model, photos, config)
     with torch.no_grad():
         # The transformer read mixtures alone.  How well does it guess the tokens of the objects themselves?
         mine, generator = write(to_numbers(own)), torch.Generator().manual_seed(config.seed)

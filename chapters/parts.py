@@ -83,9 +83,11 @@ def read_parts(path, frames):
         if not path.is_file():
             raise OSError("there is no such file")
         with np.load(path) as file:
-            motion, seen = np.linalg.inv(file["transforms"])[..., :3, :], file["seen"]
+            motion, seen = np.linalg.inv(file["transforms"])[..., :3, :], file["seen"].astype(np.float32)
         if motion.shape != (frames, len(moving.NAMES), 3, 4) or seen.ndim != 3 or len(seen) != frames:
             raise ValueError("it is of another number of frames or parts")
+        if not seen.size or not np.isfinite(motion).all():
+            raise ValueError("it is empty, or not finite")
         return motion, seen
     except Exception as error:                         # there is no end of what numpy may raise
         raise UserError(f"{path} cannot be read ({error}): photos are wanted as python -m shapes.moving "
@@ -131,7 +133,7 @@ def main(argv=None):
         moving.main([])
     photos = read_photos(config.data, config.size, config.objects)
     N, frames = photos.rgb.shape[:2]
-    held = torch.arange(config.every // 2, frames, config.every)
+    held = torch.arange(frames)[config.every // 2::config.every]
     if not len(held):
         raise UserError(f"--every {config.every}: of {frames} frames none would be held out, to measure by")
     train = torch.tensor([k for k in range(frames) if k % config.every != config.every // 2])

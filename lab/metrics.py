@@ -134,12 +134,14 @@ def minus_distance(x, y):
 # ----------------------------------------------------------------------------------- networks of other people
 
 def read_weights(file, flag):
-    """{name: tensor} of a file that somebody else saved by torch.save"""
+    """{name: tensor} of a file that somebody else saved by torch.save: those that are plain finite numbers"""
+    plain = lambda some: (isinstance(some, torch.Tensor) and some.is_floating_point() and not some.is_meta
+                          and some.layout == torch.strided and some.isfinite().all())
     try:
         if not os.path.isfile(file):                       # a pipe might never end
             raise OSError("there is no such file")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: some for name, some in state.items() if isinstance(some, torch.Tensor)}
+        return {name: some.float() for name, some in state.items() if plain(some)}
     except Exception as error:                            # there is no end of what pickle and torch may raise
         why = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{flag} {file} cannot be read: {why}") from None

@@ -88,7 +88,9 @@ def one_run(config, first, second, seed, begun=lambda: None):
     try:
         row = json.loads(read_small(tables, 1e8))["rows"]["ours"]
         row = {column: row[column] for column in COLUMNS if column in row}
-        fine = [math.isfinite(one) and 0 <= (deviation or 0) < math.inf for one, deviation in row.values()]
+        row = {column: [float(one), None if deviation is None else float(deviation)]
+               for column, (one, deviation) in row.items()}
+        fine = [abs(one) < 1e12 and 0 <= (deviation or 0) < 1e12 for one, deviation in row.values()]
         if not all(fine) or not set(PLOTTED) & set(row):
             raise ValueError("its numbers are no numbers")
     except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,

@@ -114,6 +114,8 @@ def find_object(scene, views, silhouettes):
         raise UserError(f"{scene}: the cameras look away from the object: transforms.json has OpenGL's axes "
                         "(-Z forward, +Y up), COLMAP has world_to_camera")
     half = (position - centre).norm(dim=-1).median().expand(3)
+    if not half[0] > 1e-9 * (1 + position.abs().max()):
+        raise UserError(f"{scene}: all cameras stand at one place (or their matrices are transposed)")
 
     # A grid of cells; those that too many photos contradict go; then a finer grid around what is left.  A
     # cell counts as on the object if any part of it is, so a silhouette grows by the cell's radius.  The last
@@ -127,7 +129,9 @@ def find_object(scene, views, silhouettes):
             H, W = seen.shape
             depth = ((centre - view.pose[:3, 3]) @ view.pose[:3, 2]).clamp(min=half.min() / 10)
             reach = min(round((share * cell.norm() / 2 * view.lens[0] / depth * W / view.width).item()), W)
-            grown = F.max_pool2d(seen[None].float(), 2 * reach + 1, 1, reach)[0] > 0
+            # (A square's maximum is that of its columns' maxima, which is faster: a long lens reaches far)
+            grown = F.max_pool2d(seen[None].float(), (2 * reach + 1, 1), 1, (reach, 0))
+            grown = F.max_pool2d(grown, (1, 2 * reach + 1), 1, (0, reach))[0] > 0
             place, framed = project(points, view)
             column, row = (place.clamp(0, 1) * torch.tensor([W, H])).nan_to_num().long().unbind(-1)
             on = grown[row.clamp(max=H - 1), column.clamp(max=W - 1)]
@@ -200,7 +204,8 @@ def read_scene(model, folder):
     for view in views:
         lens = np.array(view.lens)
         if not (np.isfinite(lens).all() and view.pose.isfinite().all() and view.pose.abs().max() < 1e9
-                and lens[:2].min() > 0 and min(view.width, view.height) > 0):
+                and min(view.width, view.height) > 0 and 0 < lens[:2].min()
+                and lens[:2].max() < 1e4 * view.width):
             raise UserError(f"{model}: the camera of {view.path.name} has a number that makes no sense")
         check_rotation(view.pose.numpy(), f"{model}: {view.path.name}")
     return views

@@ -52,14 +52,16 @@ class Photos:
     def measured(self, views):
         """Of each object, by these views: the mean (N,3) and covariance (N,3,3) of its colours, and the sides
         (N,3) of its bounding box.  With many objects this takes minutes, so it is kept beside the file"""
-        key, cache = "", None
+        key, cache, N = "", None, len(self.names)
         if self.file:
             key, cache = digest([self.file.key, views]), self.file.path.with_suffix(".measured.pt")
-            with suppress(UserError, KeyError):
+            with suppress(UserError, KeyError, TypeError, AttributeError):
                 state = load_checkpoint(cache, "measured")
-                if state["key"] == key:
-                    return state["measured"]["colours"], state["measured"]["sides"]
-        table, N = [], len(self.names)
+                (mean, covariance), sides = state["measured"]["colours"], state["measured"]["sides"]
+                shapes = [some.shape for some in (mean, covariance, sides)]
+                if state["key"] == key and shapes == [(N, 3), (N, 3, 3), (N, 3)]:
+                    return [mean, covariance], sides
+        table = []
         for o in range(N):
             side = extent(self.mask[o, views], self.pose[o, views], self.intrinsics[o])
             keep(table, o, N, (*palette(self.rgb[o, views], self.mask[o, views]), side))
@@ -125,7 +127,7 @@ def read_photos(folder, size, objects=0):
     found = objects_in(folder, size, objects)
     key, path = stamp(found, size), Path(folder, f".photos_{size}px_{len(found)}.bytes")
     def packed():
-        with suppress(UserError, ValueError, OSError, KeyError, TypeError):     # of another version
+        with suppress(UserError, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError):
             return map_photos(path, key)
     if photos := packed():
         return photos
@@ -211,8 +213,10 @@ def map_photos(path, key):
     if index["key"] != key or len(mapped) != index["bytes"] or mapped[-len(key):] != key.encode():
         raise UserError(f"{path} is of other photos")
     B, V = small["count"].shape
-    if 4 * B * V * n * n + 4 * small["count"].sum() + len(key) != len(mapped) or n < 1:
-        raise UserError(f"{path} is of another size")
+    whole = 4 * B * V * n * n + 4 * small["count"].sum() + len(key) == len(mapped) and n > 0
+    shapes = [small["pose"].shape, small["K"].shape] == [(B, V, 4, 4), (B, 3, 3)] and len(index["names"]) == B
+    if not whole or not shapes or not small["pose"].isfinite().all():
+        raise UserError(f"{path} is of another version")
     part = lambda offset, kind, *shape: torch.frombuffer(mapped, dtype=kind, count=math.prod(shape),
                                                          offset=offset).view(shape)
     rgb, mask = part(0, torch.uint8, B, V, n, n, 3), part(3 * B * V * n * n, torch.uint8, B, V, n, n)

@@ -142,13 +142,15 @@ def test_colour_codes_begin_as_palettes():
     assert alone.colours.isfinite().all()
 
 
-def test_palettes_are_given_once_and_only_where_objects_are_painted(data, tmp_path, monkeypatch):
+def test_palettes_are_given_once_and_only_where_visits_are_rare(data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(stage.Autodecoder, "begin", lambda model, palettes: calls.append(len(palettes[0])))
     train(data, tmp_path / "a", "--steps", "2")
     assert calls == [3]
     train(data, tmp_path / "a", "--steps", "2")                                                # it goes on
     train(data, tmp_path / "b", "--steps", "2", "--recolour", "0")
+    monkeypatch.setattr(stage, "RARELY", 1)                          # two steps visit 2 of 3 objects each
+    train(data, tmp_path / "c", "--steps", "2")
     assert calls == [3]
 
 

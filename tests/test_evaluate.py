@@ -384,6 +384,7 @@ def test_the_held_out_number_is_that_of_the_closing_table(tmp_path):
 
 @pytest.mark.parametrize("content", ['{"rows": {"ou', "[]", '{"rows": {}}', '{"rows": {"ours": {"d1": 3}}}',
                                      '{"rows": {"ours": {"copies": [null, null]}}}', '{"rows": {"ours": "ab"}}',
+                                     '{"rows": {"ours": {"COV": [1, ""]}}}', '{"rows": {"ours": {"COV": [1e308, 0]}}}',
                                      '{"rows": {"ours": {}}}', '{"rows": {"ours": {"COV": [0.5, -1]}}}',
                                      '{"rows": {"ours": {"COV": [1%s, 0]}}}' % ("0" * 400)])
 def test_tables_that_are_cut_are_one_sentence(tmp_path, content):

@@ -82,10 +82,12 @@ def test_weights_that_are_missing_or_others_are_one_sentence(weights, tmp_path):
         fid.main([])
     with pytest.raises(UserError, match="cannot be read"):
         fid.load_inception(str(tmp_path / "nothing.pth"))
-    torch.save({"fc.bias": None}, tmp_path / "none.pth")
-    with pytest.raises(UserError, match="no Inception v3"):
-        fid.load_inception(str(tmp_path / "none.pth"))
     state = torch.load(weights)
+    some = state["Mixed_5b.branch1x1.conv.weight"]
+    for wrong in (None, some.to_sparse(), some.long(), some / 0, some.to("meta")):
+        torch.save(state | {"Mixed_5b.branch1x1.conv.weight": wrong}, tmp_path / "none.pth")
+        with pytest.raises(UserError, match="no Inception v3: Mixed_5b.branch1x1.conv.weight|cannot be read"):
+            fid.load_inception(str(tmp_path / "none.pth"))
     less = {name: some for name, some in state.items() if "Mixed_6b.branch1x1" not in name}
     torch.save(less, tmp_path / "less.pth")
     with pytest.raises(UserError, match=r"no Inception v3: Mixed_6b.branch1x1.conv.weight .*192, 768, 1, 1"):

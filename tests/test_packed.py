@@ -79,7 +79,7 @@ def test_a_pipe_in_the_place_of_the_lock_does_not_block(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("damage", ["cut", "key", "index", "size", "gone", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "key", "index", "size", "pose", "count", "gone", "folder"])
 def test_a_damaged_pack_is_packed_again(folder, damage):
     before = packed.read_photos(folder, 32).rgb.clone()
     pixels = next(folder.glob(".photos*.bytes"))
@@ -93,9 +93,10 @@ def test_a_damaged_pack_is_packed_again(folder, damage):
         small = bytearray(index.read_bytes())
         small[len(small) // 2] ^= 4
         index.write_bytes(small)
-    elif damage == "size":
+    elif damage in ("size", "pose", "count"):
         state = load_checkpoint(index)
-        save_checkpoint(index, state | {"size": -32})
+        small = state["photos"] | ({} if damage == "size" else {damage: [1]})
+        save_checkpoint(index, state | {"photos": small, "size": -32 if damage == "size" else 32})
     elif damage == "gone":
         index.unlink()
     else:

@@ -290,6 +290,9 @@ def test_broken_parts_are_one_sentence(tmp_path):
     for spoil in (lambda: written(transforms=good), lambda: written(transforms=0 * good, seen=good[..., 0]),
                   lambda: written(transforms=good[:2], seen=np.zeros((2, 8, 8))),
                   lambda: written(transforms=np.array([None]), seen=good[..., 0]),
+                  lambda: written(transforms=np.nan * good, seen=np.zeros((3, 8, 8))),
+                  lambda: written(transforms=good, seen=np.full((3, 8, 8), "a")),
+                  lambda: written(transforms=good, seen=np.zeros((3, 0, 0))),
                   lambda: file.write_bytes(b""), lambda: file.write_bytes(b"PK\3\4 cut"), file.unlink,
                   lambda: os.mkfifo(file)):
         spoil()

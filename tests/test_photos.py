@@ -259,6 +259,7 @@ def set_frames(file, **values):
     (lambda s: set_frames(s / "transforms.json", fl_x=None), "neither fl_x nor camera_angle_x"),
     (lambda s: set_frames(s / "transforms.json", fl_x=None, camera_angle_x=-5), "between 0 and pi"),
     (lambda s: set_frames(s / "transforms.json", fl_x=float("nan")), "makes no sense"),
+    (lambda s: set_frames(s / "transforms.json", fl_x=1e10), "makes no sense"),
     (lambda s: set_frames(s / "transforms.json", w=float("inf")), "cannot be read"),
     (lambda s: set_frames(s / "transforms.json", is_fisheye=True), "fisheye"),
     (lambda s: set_frames(s / "transforms.json", h=2 * H), "turned, or cropped"),
@@ -287,6 +288,10 @@ def test_cameras_that_cannot_be(scene, tmp_path):
         run(write_nerf(tmp_path / "one", poses[[0] * 3], photos[:3], **INTRINSICS), tmp_path / "out")
     with pytest.raises(UserError, match="agree on no point"):
         run(write_nerf(tmp_path / "mixed", poses, photos[3:] + photos[:3], **INTRINSICS), tmp_path / "out")
+    with pytest.raises(UserError, match="stand at one place"):
+        turned = poses.copy()
+        turned[:, :3, 3] = 0
+        run(write_nerf(tmp_path / "still", turned, photos, **INTRINSICS), tmp_path / "out")
     for binary in (False, True):
         source = write_colmap(tmp_path / f"cut{binary}", poses, photos, binary)
         file = convert.find_model(source)

@@ -23,7 +23,8 @@ class Config:
 
 def small(tensors):
     """{name: tensor} -> the same, large ones in half precision"""
-    return {name: t.half() if t.numel() > 10_000 else t for name, t in tensors.items()}
+    fits = lambda t: t.numel() > 10_000 and t.half().isfinite().all()
+    return {name: t.half() if fits(t) else t for name, t in tensors.items()}
 
 
 def main(argv=None):
