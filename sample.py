@@ -104,9 +104,13 @@ def load_models(config, device):
     # A box is no run: its autodecoder lies beside its denoiser, wherever it was trained
     boxed = BOX.resolve() in folder.resolve().parents
     beside = folder.parent / "autodecoder" if boxed else ""
-    found = load_denoiser(folder, device, config.autodecoder or beside)
+    model, names, denoiser = load_denoiser(folder, device, config.autodecoder or beside)
+    # Weights that are finite may still make what is not
+    if not all(some.isfinite().all() for some in (model.volumes_of(model.codes[:1]),
+                                                  draw_samples(denoiser, [0], 2))):
+        raise UserError(f"{folder}/last.pt: what the weights make is not finite: train both stages again")
     print(f"sampling from {folder}/last.pt")
-    return found
+    return model, names, denoiser
 
 
 def exchanged(codes, model, names, denoiser, config):
@@ -324,23 +328,31 @@ def main(argv=None):
     own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
     own = own and not BOX.samefile(Path(config.diffusion).parent)
     own = own and set(names) <= set(load_autodecoder(BOX / "autodecoder")[1])
-    wrote, earlier = ["figure3.png"] * (config.views > 0) + ["beside.png"] * own, ()
+    views = [f"views/seed_{seed:06d}" for seed in seeds]
+    wrote, earlier = (["figure3.png"] + views) * (config.views > 0) + ["beside.png"] * own, ()
     with suppress(UserError, OSError, ValueError, TypeError, KeyError, RecursionError):
         earlier = [str(name) for name in json.loads(read_small(out / "report.json", 1e8))["wrote"]]
+    # What an earlier run wrote must not stay among the new.  A stranger's stay, also behind a link
+    for name in set(earlier) - set(wrote):
+        if re.fullmatch(r"views/seed_\d{6,}", name) and not (out / "views").is_symlink():
+            shutil.rmtree(out / name, ignore_errors=True)
+        elif name in ("figure3.png", "beside.png"):
+            with suppress(OSError):
+                (out / name).unlink()
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows, "wrote": wrote})
 
     # Numbers can mislead, so look: each sample stands beside its nearest training objects.  Of thousands
     # only those are drawn that are among the nearest 16 of some sample
-    views, whose = render_views(model, latents, cameras(ANGLES), SIZE), [*range(len(names))]
+    pictures, whose = render_views(model, latents, cameras(ANGLES), SIZE), [*range(len(names))]
     if len(names) > 256:
         whose = nearest(latents, training)[1][:, :16].unique().tolist()
     trained = render_views(model, training[whose], cameras(ANGLES), SIZE)
-    save_picture(out / "sheet.png", contact_sheet(views, rows["samples"], seeds, trained, whose, names))
+    save_picture(out / "sheet.png", contact_sheet(pictures, rows["samples"], seeds, trained, whose, names))
     save_picture(out / "swaps.png", swaps(model))
 
     if own:
-        save_preview(out / "beside.png", beside_the_box(views[0][:8, 0], seeds[:8], device))
+        save_preview(out / "beside.png", beside_the_box(pictures[0][:8, 0], seeds[:8], device))
 
     # To take away: novel views with their cameras, and meshes
     for k, latent in enumerate(latents) if config.views else ():
@@ -349,15 +361,6 @@ def main(argv=None):
         if k == 0:
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
-
-    # What an earlier run left must not stay among the new.  A stranger's files stay
-    new = {f"seed_{seed:06d}" for seed in seeds} if config.views else set()
-    for old in (out / "views").glob("seed_*"):
-        if re.fullmatch(r"seed_\d{6,}", old.name) and old.name not in new:
-            shutil.rmtree(old, ignore_errors=True)
-    for name in ("figure3.png", "beside.png"):
-        if name not in wrote and name in earlier:
-            (out / name).unlink(missing_ok=True)
 
     # A page with the first eight samples.  From the seeds' own codes, with nothing exchanged: the first one's
     # way out of the noise, and a walk to the next seed

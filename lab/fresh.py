@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autodecoder import fingerprint, fit_codes
-from common import (DISTANCE, UserError, camera_to_world_at, digest, intrinsics_at, load_checkpoint,
+from common import (DISTANCE, UserError, camera_to_world_at, digest, fill, intrinsics_at, load_checkpoint,
                     save_checkpoint, to_bytes)
 from render_shapenet import no_ctrl_c, worker_setup
 from shapes import earphones, surfaces
@@ -63,8 +63,8 @@ def kept(file, ingredients, make, enough=lambda content: True):
                 if state.get("recipe") == recipe and enough(state["content"]):
                     return state["content"]
                 print(f"{file} is of other objects, settings or another model: making it again", flush=True)
-            except UserError as error:
-                print(f"{error}: making it again", flush=True)
+            except (UserError, LookupError, TypeError, AttributeError) as error:
+                print(f"{file} is of something else ({error}): making it again", flush=True)
         content = make()
         save_checkpoint(file, {"recipe": recipe, "content": content})
     return content
@@ -176,7 +176,8 @@ def train_reader(config, run, device):
     ingredients = ["reader", config.seed, config.readings, config.reader_steps, *MADE_BY]
     reader = Reader().to(device)
     make = lambda: teach_reader(config, run, device)
-    reader.load_state_dict(kept(run.folder / "reader.pt", ingredients, make))
+    enough = lambda weights: weights.keys() == reader.state_dict().keys()
+    fill(reader, kept(run.folder / "reader.pt", ingredients, make, enough), run.folder)
     return reader.eval().requires_grad_(False)
 
 

@@ -144,4 +144,5 @@ def read_weights(file, flag):
         return {name: some.float() for name, some in state.items() if plain(some)}
     except Exception as error:                            # there is no end of what pickle and torch may raise
         why = (str(error) or type(error).__name__).splitlines()[0][:80]
+        why = "it is no file of plain tensors" if why.startswith("Weights only") else why
         raise UserError(f"{flag} {file} cannot be read: {why}") from None

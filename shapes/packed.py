@@ -147,10 +147,13 @@ def read_photos(folder, size, objects=0):
 @contextmanager
 def alone(path):
     """One process at a time makes this file.  The others wait, and then find it made"""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # (A pipe in its place would block, were it not opened for both)
     flags, lock = os.O_RDWR | os.O_CREAT, path.with_name(f".{path.name.lstrip('.')}.lock")
-    file = os.open(lock, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(lock, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error}") from None
     try:
         with suppress(ImportError):                                       # Windows has no such lock
             import fcntl

@@ -130,12 +130,31 @@ def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_pat
         file.write_text("mine")
     short = ["--diffusion", str(denoiser), "--count", "2", "--steps", "2", "--device", "cpu"]
     report = tmp_path / "s/report.json"
+    (tmp_path / "elsewhere/seed_000009").mkdir(parents=True)
+    (tmp_path / "s/views/seed_000009").symlink_to(tmp_path / "elsewhere/seed_000009")
+    (tmp_path / "s/views/seed_000008").mkdir()                 # nothing says that we have written it
     sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
     report.write_text('{"wrote": 5}')                          # the next finds what a stranger has written
     sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
     assert json.loads(report.read_text())["wrote"] == ["beside.png"]
+    assert (tmp_path / "s/views/seed_000008").is_dir() and (tmp_path / "elsewhere/seed_000009").is_dir()
     export.main([*short, "--frames", "0", "--sheet", "0", "--resolution", "8", "--out", str(tmp_path / "e")])
     assert all(file.read_text() == "mine" for file in mine)
+
+
+@pytest.mark.parametrize("which", ["model", "denoiser"])
+def test_weights_that_make_what_is_not_finite_are_one_sentence(which, denoiser, trained, tmp_path):
+    first, second = load_checkpoint(trained / "last.pt"), load_checkpoint(denoiser / "last.pt")
+    huge = first["model"] if which == "model" else second["denoiser"]
+    for name, some in huge.items():
+        if which == "model" or name.startswith("network."):
+            some.copy_(3e38 * torch.where(some < 0, -1.0, 1.0))
+    save_checkpoint(tmp_path / "a/last.pt", first)
+    model, _ = autodecoder.load_autodecoder(tmp_path / "a")
+    save_checkpoint(tmp_path / "d/last.pt", second | {"autodecoder": autodecoder.fingerprint(model)})
+    with pytest.raises(UserError, match="is not finite: train"):
+        sample.main(["--diffusion", str(tmp_path / "d"), "--autodecoder", str(tmp_path / "a"), "--count", "1",
+                     "--device", "cpu", "--out", str(tmp_path / "s")])
 
 
 def test_a_stretch_that_nothing_has_learned_is_refused(trained):

@@ -299,6 +299,9 @@ def test_a_cache_is_of_what_made_it(tmp_path, capsys):
     file = tmp_path / "cache.pt"
     of = lambda value, *ingredients: fresh.kept(file, [*ingredients], lambda: make(value))["x"][0].item()
     assert of(1, "seed", 0, torch.zeros(2)) == 1 and of(2, "seed", 0, torch.zeros(2)) == 1 and made == [1]
+    state = fresh.load_checkpoint(file)
+    fresh.save_checkpoint(file, {"recipe": state["recipe"]})
+    assert of(2, "seed", 0, torch.zeros(2)) == 2 and made.pop() == 2
     assert of(3, "seed", 1, torch.zeros(2)) == 3 and of(4, "seed", 1, torch.tensor([0, 1e-30])) == 4
     assert "making it again" in capsys.readouterr().out
     file.write_bytes(b"broken")

@@ -111,7 +111,8 @@ def main(argv=None):
     # must not stay beside the new
     folders = labels if config.reconstruct else [f"seed_{seed:06d}" for seed in seeds]
     for old in out.glob("seed_*/mesh.*") if not config.reconstruct else ():
-        if re.fullmatch(r"seed_\d{6,}/mesh\.(glb|ply)", old.relative_to(out).as_posix()):
+        ours = re.fullmatch(r"seed_\d{6,}/mesh\.(glb|ply)", old.relative_to(out).as_posix())
+        if ours and not old.parent.is_symlink():
             old.unlink()
     pair = config.interpolate or (config.seed, config.seed + 1)
 
