@@ -37,7 +37,7 @@ def drawn(several, tmp_path_factory):
     out = tmp_path_factory.mktemp("drawn")
     flags = [*SMOKE, "--autodecoder", str(several / "stage1"), "--out", str(out), "--count", "2"]
     # Codes of 16 numbers, of six objects: few steps are enough to tell mugs from lamps
-    flags += ["--steps", "200", "--preview_every", "200", "--recombinations", "64", "--among", "3",
+    flags += ["--steps", "350", "--preview_every", "350", "--recombinations", "64", "--among", "3",
               "--components", "40", "--batch", "64", "--width", "64"]
     categories.main(flags)
     return out, flags
