@@ -308,7 +308,7 @@ def plot_log(folder, ylabel, **labels):
         if points:
             axis.plot(*zip(*points), lw=1, marker="o" if len(points) < 50 else "", ms=3, label=label)
     axis.set(xlabel="step", ylabel=ylabel)
-    axis.legend() if axis.lines else None
+    axis.legend()
     save_figure(Path(folder, "curve.png"), axis.figure)
 
 # ------------------------------------------------------------------------------------------------------ main

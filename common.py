@@ -383,10 +383,7 @@ class Run:
     def _lock(self, name):
         """One run for each folder: two would overwrite each other's checkpoints."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A symbolic link is not followed, because it could lead to another user's file
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-            self.lock = os.fdopen(os.open(self.folder / name, flags, 0o644), "r+")
+            self.lock = os.fdopen(open_lock(self.folder / name), "r+")
             # The system frees this lock when the process ends, even by kill -9.  A mere file would stay
             with suppress(ImportError):                         # Windows has no such lock
                 import fcntl
@@ -542,6 +539,12 @@ class Run:
         """Called after a save: if Ctrl-C or SIGTERM came, the run ends here, and nothing is lost."""
         if self.stopping:
             raise UserError(f"stopped by {self.stopping} at step {step}, saved: the same command goes on")
+
+def open_lock(path):
+    """-> a descriptor, to lock by.  A symbolic link could lead to another user's file, so it is not followed;
+    a pipe in its place does not block, because it is opened for both"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
 
 def remove(path):
     """A file, a folder with all in it, a link (but not what it leads to), or nothing"""

@@ -50,7 +50,7 @@ class Config:
 SWEEPS = {
     "objects": [(f"{n:,}", dict(objects=n, steps=steps, code_lr=rate), dict(mix=0.0))
                 for n, steps, rate in ((72, 2600, 1e-2), (256, 3600, 1e-2), (1024, 8000, 1e-2),
-                                       (4096, 20000, 3e-2))],
+                                       (4096, 10000, 3e-2))],
     "latent": [("4", dict(latent_resolution=4, channels=(64, 64, 32)), {}), ("8", {}, {}),
                ("16", dict(latent_resolution=16, channels=(32,)), {})],
     "mix": [(str(share), {}, {} if share == 0.5 else dict(mix=share)) for share in (0.0, 0.25, 0.5, 1.0)],

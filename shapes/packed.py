@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import UserError, atomic_file, digest, load_checkpoint, save_checkpoint
+from common import UserError, atomic_file, digest, load_checkpoint, open_lock, save_checkpoint
 from shapes.photos import check_views, load_objects, objects_in, pictures_of
 
 
@@ -147,11 +147,8 @@ def read_photos(folder, size, objects=0):
 @contextmanager
 def alone(path):
     """One process at a time makes this file.  The others wait, and then find it made"""
-    # (A pipe in its place would block, were it not opened for both)
-    flags, lock = os.O_RDWR | os.O_CREAT, path.with_name(f".{path.name.lstrip('.')}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(lock, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        file = open_lock(path.with_name(f".{path.name.lstrip('.')}.lock"))
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error}") from None
     try:

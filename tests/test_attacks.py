@@ -16,6 +16,7 @@ import common
 import diffusion
 import render_shapenet
 import sample
+from chapters import analytic
 from common import UserError, load_checkpoint, save_checkpoint
 from lab import evaluate
 from viewer import box, export
@@ -68,6 +69,11 @@ def test_a_denoiser_of_another_autodecoder_is_not_packed(denoiser, tmp_path):
     assert not (tmp_path / "box").exists()
 
 
+def test_a_box_halves_only_what_half_precision_can_hold():
+    halved = box.small({"a": torch.ones(20_000), "b": torch.full((20_000,), 1e9), "c": torch.ones(5)})
+    assert [some.dtype for some in halved.values()] == [torch.half, torch.float, torch.float]
+
+
 def test_a_denoiser_that_is_whole_and_wrong_is_not_packed(denoiser, tmp_path):
     state = load_checkpoint(denoiser / "last.pt")
     for wrong in (state | {"config": {}}, state | {"config": state["config"] | {"autodecoder": 5}},
@@ -83,6 +89,8 @@ def test_an_autodecoder_of_one_object_fits_no_other(trained, tmp_path):
     model, _ = autodecoder.load_autodecoder(tmp_path / "one")
     with pytest.raises(UserError, match="knows no other"):
         autodecoder.fit_codes(model, None, torch.arange(2))
+    with pytest.raises(UserError, match="knows 1 objects: at least 3"):
+        analytic.main(["--preset", "smoke", "--autodecoder", str(tmp_path / "one"), "--out", str(tmp_path / "a")])
 
 
 # ---- checked first, deleted later ----
@@ -132,6 +140,8 @@ def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_pat
     report = tmp_path / "s/report.json"
     (tmp_path / "elsewhere/seed_000009").mkdir(parents=True)
     (tmp_path / "s/views/seed_000009").symlink_to(tmp_path / "elsewhere/seed_000009")
+    (tmp_path / "elsewhere/seed_000009/mesh.glb").write_text("mine")
+    (tmp_path / "e/seed_000009").symlink_to(tmp_path / "elsewhere/seed_000009")
     (tmp_path / "s/views/seed_000008").mkdir()                 # nothing says that we have written it
     sample.main([*short, "--views", "0", "--out", str(tmp_path / "s")])
     report.write_text('{"wrote": 5}')                          # the next finds what a stranger has written
@@ -139,6 +149,7 @@ def test_sample_and_export_delete_only_what_is_named_as_theirs(denoiser, tmp_pat
     assert json.loads(report.read_text())["wrote"] == ["beside.png"]
     assert (tmp_path / "s/views/seed_000008").is_dir() and (tmp_path / "elsewhere/seed_000009").is_dir()
     export.main([*short, "--frames", "0", "--sheet", "0", "--resolution", "8", "--out", str(tmp_path / "e")])
+    mine.append(tmp_path / "elsewhere/seed_000009/mesh.glb")
     assert all(file.read_text() == "mine" for file in mine)
 
 

@@ -304,6 +304,8 @@ def test_broken_parts_are_one_sentence(tmp_path):
 def test_a_mover_learns_and_poses_a_new_object(motion, tmp_path_factory, capsys):
     films = tmp_path_factory.getbasetemp() / "films_of_two"
     moving.main(["--objects", "2", "--frames", "10", "--size", "32", "--out", str(films)])
+    with pytest.raises(UserError, match="none would be held out"):
+        parts.main(["--preset", "smoke", "--data", str(films / "films"), "--every", "100"])
     out = tmp_path_factory.mktemp("mover")
     parts.main(["--preset", "smoke", "--data", str(films / "films"), "--steps", "4",
                 "--motion", motion, "--out", str(out)])
