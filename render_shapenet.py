@@ -352,6 +352,7 @@ def make_missing(folder):
     if stopped or not path.exists():
         print(f"{folder} is not {'whole' if path.exists() else 'there'}: making it, by render_shapenet.py")
         main([])
+    return folder
 
 
 def main(argv=None):

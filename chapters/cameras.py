@@ -132,12 +132,8 @@ def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
     device = pick_device(config.device)
     photos = read_photos(config.data, config.size, config.objects)
-    N, count = photos.rgb.shape[:2]
-    V = count - config.holdout_views
-    if not 0 < V < count:
-        raise UserError(f"--holdout_views {config.holdout_views}: {config.data} has {count} photos of each "
-                        "object")
-    views, held_views = list(range(V)), list(range(V, count))
+    views, held_views = (some.tolist() for some in photos.split(config.holdout_views))
+    N, V = len(photos.names), len(views)
     true, sides = photos.pose[..., :3, :3], all_sides(config.max_elevation)
     run = Run(config.out, "cameras", config, [f.name for f in fields(Config) if f.name not in FREE])
 
@@ -176,7 +172,7 @@ def main(argv=None):
             # Batch, by the cameras as they are believed to stand
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             objects = torch.randperm(N, generator=generator)[:config.batch_objects]
-            pose = cameras.poses(objects, count)
+            pose = cameras.poses(objects, V + len(held_views))
             _, *batch = draw_batch(photos, config, torch.tensor(views), generator, objects, pose)
             place = jitter(batch, config.samples, generator, device)
             batch = [part.to(device) for part in batch]

@@ -131,11 +131,7 @@ def main(argv=None):
     config = parse_config(Config, PRESETS, argv)
     device = pick_device(config.device)
     photos = read_photos(config.data, config.size)
-    count = photos.rgb.shape[1]
-    if not 1 <= config.holdout_views <= count - config.views:
-        raise UserError(f"--holdout_views {config.holdout_views}, --views {config.views}: {config.data} has "
-                        f"{count} photos of each object")
-    train = torch.arange(count - config.holdout_views)
+    train = photos.split(config.holdout_views, config.views)[0]
     palettes, extents = photos.measured(train)
     run = Run(config.out, "render_diffusion", config, [f.name for f in fields(Config) if f.name not in FREE])
     if config.rays < min(config.batch_objects, len(photos.names)):

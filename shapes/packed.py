@@ -37,6 +37,14 @@ class Photos:
         self.near_count = self.near_count.view(self.mask.shape[:2])
         self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
 
+    def split(self, held, least=1):
+        """The views to train on, and the last `held` ones, to measure by"""
+        count = self.rgb.shape[1]
+        if not 1 <= held <= count - least:
+            raise UserError(f"--holdout_views {held}: there are {count} photos of each object, and at least "
+                            f"{least} must be left to train on, and one to measure by")
+        return torch.arange(count).split([count - held, held])
+
     def forget(self):
         """What was read of a mapped file counts as this process's memory, until it is given back"""
         if self.file and hasattr(self.file.map, "madvise"):                                # not on Windows

@@ -95,27 +95,17 @@ def test_an_autodecoder_of_one_object_fits_no_other(trained, tmp_path):
 
 # ---- checked first, deleted later ----
 
-@pytest.mark.parametrize("wrong", [["--rays", "64", "--batch_objects", "70"], ["shared"]])
+@pytest.mark.parametrize("wrong", [["--holdout_views", "99"], ["shared"]])
 def test_what_is_refused_deletes_nothing_and_is_not_remembered(wrong, trained, tmp_path, monkeypatch):
     out = tmp_path / "run"
     autodecoder.main(flags(trained, out))
     if wrong == ["shared"]:                              # as of three processes
         monkeypatch.setattr(autodecoder, "my_share", lambda items: common.wrong_flag("cannot share"))
-    else:
-        monkeypatch.setattr(autodecoder, "read_photos", many_objects(autodecoder.read_photos))
-    with pytest.raises(UserError, match="cannot share|--rays 64: at least one"):
+    with pytest.raises(UserError, match="cannot share|--holdout_views 99: there are 6 photos"):
         autodecoder.main(flags(trained, out, "--fresh", *(wrong if len(wrong) > 1 else ())))
     monkeypatch.undo()
     assert (out / "last.pt").exists()
     autodecoder.main(flags(trained, out))                                          # the recipe is the old one
-
-
-def many_objects(read):
-    def again(*some):
-        photos = read(*some)
-        photos.names = [f"{name}_{k}" for k in range(40) for name in photos.names]
-        return photos
-    return again
 
 
 def test_a_strangers_models_stay(tmp_path, data):
