@@ -270,6 +270,29 @@ def weights(out):
     return state["step"], {**state["model"], **moments}
 
 
+def test_muon_moves_equally_far_along_all_singular_vectors():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(16, 8, 3, 3, 3))
+    weight.grad = torch.randn_like(weight) * torch.logspace(-1, 1, 16).view(-1, 1, 1, 1, 1)
+    stage.Muon([weight], lr=0.1).step()
+    way = -weight.detach().flatten(1) / (0.1 * 0.2 * 216 ** 0.5)
+    U, values, V = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
+    assert values.max() > 50 * values.min()
+    along = (U.T @ way @ V.T).diagonal()
+    assert 0.5 < along.min() and along.max() < 1.3
+    assert (way - U @ along.diag() @ V).norm() < 1e-3 * way.norm()                  # and along nothing else
+
+
+def test_convolutions_learn_by_muon_and_all_else_by_adam(data, trained):
+    state = common.load_checkpoint(trained / "last.pt")
+    adam, muon, codes = ([one for one in kept["state"].values()] for kept in state["optimizers"])
+    weights = [value for name, value in state["model"].items() if name not in ("shapes", "colours")]
+    shapes = lambda some: sorted(map(list, (one.shape for one in some)))
+    assert shapes(one["mean"] for one in muon) == shapes(w for w in weights if w.dim() == 5)
+    assert shapes(one["exp_avg"] for one in adam) == shapes(w for w in weights if w.dim() != 5)
+    assert shapes(one["exp_avg"] for one in codes) == shapes(state["model"][key] for key in ("shapes", "colours"))
+
+
 def test_resume_is_bit_exact(data, trained, tmp_path):
     """Killed after 6 of 12 steps (a checkpoint holds 4), then the same command again."""
     code = ("import autodecoder as stage, sys\n"
