@@ -290,7 +290,8 @@ def test_convolutions_learn_by_muon_and_all_else_by_adam(data, trained):
     shapes = lambda some: sorted(map(list, (one.shape for one in some)))
     assert shapes(one["mean"] for one in muon) == shapes(w for w in weights if w.dim() == 5)
     assert shapes(one["exp_avg"] for one in adam) == shapes(w for w in weights if w.dim() != 5)
-    assert shapes(one["exp_avg"] for one in codes) == shapes(state["model"][key] for key in ("shapes", "colours"))
+    assert shapes(one["exp_avg"] for one in codes) == shapes(state["model"][key] for key in
+                                                             ("shapes", "colours"))
 
 
 def test_resume_is_bit_exact(data, trained, tmp_path):
