@@ -210,7 +210,7 @@ def together(tensor):
     return tensor
 
 def first_then_others(make):
-    """What the first process makes, and writes to a file, the others then read"""
+    """make() in the first process, which writes a file; then in the others, which find it and read it"""
     made = make() if RANK == 0 else None
     together(torch.zeros(1))                                   # waits until all are here
     return make() if made is None else made

@@ -105,7 +105,7 @@ class RobustNorm(nn.Module):
 def principal(rows, count):
     """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
     rows = rows.double()
-    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count)
+    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count); P < D, so P x P is less
     return torch.linalg.qr(rows.T @ longest)[0].T.float()                                  # each of length 1
 
 class MLP(nn.Module):
@@ -135,7 +135,7 @@ def level_embedding(level, half):
 
 class Denoiser(nn.Module):
     """D(x, sigma), and what it must know: how latents are normalised, their principal components and the
-    deviation in each, the codes' mean and deviation, two matrices between both, and the noise levels."""
+    deviation in each, the codes' mean and deviation (spread), two matrices between both, the noise levels."""
     def __init__(self, config, model):
         super().__init__()
         shape = (model.config.latent_channels, *[model.config.latent_resolution] * 3)

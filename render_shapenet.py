@@ -416,8 +416,8 @@ def main(argv=None):
                 run.say(f"{name}: {text}")
             done += 1
             run.progress("objects", done, len(todo))
-            if run.stopping:
-                raise UserError(f"stopped by {run.stopping}, {done} of {len(todo)} objects done: "
+            if run.asked:
+                raise UserError(f"stopped by {run.asked}, {done} of {len(todo)} objects done: "
                                 "the same command goes on from there")
 
     # For objects of earlier runs too: --transforms may be added when the photos are there already

@@ -66,7 +66,7 @@ class HashedAutodecoder(Autodecoder):
         self.register_buffer("b", draw())
 
     def begin(self, palettes):
-        """Stage 1 begins rarely visited codes at palettes.  Here several objects share each piece"""
+        """Stage 1 begins codes at palettes.  Here they begin at random: several objects share each piece"""
 
     def places(self, which):
         """Objects (B,) -> which rows of the codebooks, all pieces in one table, are theirs (B,P)"""

@@ -189,7 +189,7 @@ def main(argv=None):
         model, names = load_autodecoder(config.beside, device)
         if names == photos.names and model.config.size == config.size:
             models = {"stage 1": model} | models
-    views = list(range(photos.rgb.shape[1] - config.holdout_views, photos.rgb.shape[1]))
+    views = photos.split(config.holdout_views)[1].tolist()
     found = {name: details(model, photos, views) for name, model in models.items()}
     lines = [f"{'held-out views':<14} {'PSNR':>8} {'foreground':>11} {'gradient energy':>16} {'off 4':>10}"]
     lines += [f"{name:<14} {m['psnr']:>8.2f} {m['foreground']:>11.2f} {m['sharpness']:>16.3f} "

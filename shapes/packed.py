@@ -38,7 +38,7 @@ class Photos:
         self.near_start = self.near_count.flatten().cumsum(0).view_as(self.near_count) - self.near_count
 
     def split(self, held, least=1):
-        """The views to train on, and the last `held` ones, to measure by"""
+        """The views to train on, `least` or more, and the last `held` ones, to measure by"""
         count = self.rgb.shape[1]
         if not 1 <= held <= count - least:
             raise UserError(f"--holdout_views {held}: there are {count} photos of each object, and at least "
