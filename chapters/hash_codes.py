@@ -18,7 +18,7 @@ out  runs/hash_codes/            as stage 1; and collisions.txt, cost.txt, cost.
 run  python -m chapters.hash_codes
      python render_shapenet.py --objects 512 --out data/many
      python -m chapters.hash_codes --data data/many/earphones_train --steps 2000
-     (26.62 dB with a quarter of the storage, where a table has 25.88: row A8)
+     (26.62 dB with a quarter of the storage, where a table has 25.88: row A8, before stage 1 had Muon)
 read HashedAutodecoder, collisions, costs.
 """
 import time
@@ -161,7 +161,7 @@ def main(argv=None):
     save_text(Path(config.out, "collisions.txt"), said + "\n")
     sizes = [10 ** k for k in range(3, 7) if 10 ** k <= config.largest]
     print(said, write_costs(costs(config, sizes), config.out), sep="\n")
-    print(f"wrote {config.out}: as stage 1, collisions.txt, cost.png (row A8, of 512 objects: 26.62 dB)")
+    print(f"wrote {config.out}: as stage 1, collisions.txt, cost.png (A8, by Adam, 512 objects: 26.62 dB)")
 
 
 if __name__ == "__main__":
