@@ -14,7 +14,7 @@ losses between a picture and its target that does nearly as well (Liu et al. 202
 
 in   data/earphones_train/       as stage 1; --weights: a state dict with torchvision's names, of vgg19
 out  runs/perceptual/            as stage 1; and details.txt, details.png
-run  python -m chapters.perceptual            27.71 dB, stage 1 in as long 28.78, both by Adam (row A9)
+run  python -m chapters.perceptual            27.71 dB; stage 1 in a tenth more time 28.78 (A9, by Adam)
      python -m chapters.perceptual --weights vgg19.pth
 read Features, perceptual_loss, draw_patches, details.
 """
