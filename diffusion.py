@@ -17,7 +17,7 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                        no copies, none of the samples in pieces (rows D17, V6)
+run  python diffusion.py                        no copies, none of the samples in pieces (rows D20, V9)
      python diffusion.py --mix 0 --out runs/copies    nothing recombined: nearer to the 72 (row D16)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
@@ -260,7 +260,7 @@ def plot_levels(denoiser, sigma, entropy, path):
     axis = Figure(figsize=(7, 3.6), layout="constrained").subplots()
     axis.plot(sigma, entropy)
     axis.fill_between(edges.exp()[:-1], count / count.max(), step="post", alpha=0.2)
-    axis.set(xscale="log", xlabel="sigma", ylabel="a perfect denoiser's doubt; shaded: training levels")
+    axis.set(xscale="log", xlabel="sigma", ylabel="a perfect denoiser's doubt (shaded: levels)")
     save_figure(path, axis.figure)
 
 # ---------------------------------------------------------------------------- one noise, and two formulations
@@ -462,7 +462,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
         return
     near = nearest(average.latents(sample(average, range(8))), latents_of(model, own))[0][:, 0].mean().item()
     print(judge(config, free, f"eight samples' mean distance to the nearest training latent {near:.0f}", near,
-                150, 215, "README.md"))
+                95, 140, "README.md"))
     plot_log(run.folder, "loss", low="low noise", middle="middle noise", high="high noise")
     print(f"wrote {run.folder}: last.pt, levels.png, curve.png, previews/.  Next: python sample.py")
 
