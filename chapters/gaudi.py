@@ -71,7 +71,7 @@ def main(argv=None):
     rows = finish(argv, Config, PRESETS, CodeDenoiser)
     d1 = sum(row["distances"][0] for row in rows) / len(rows)
     print(f"wrote latents.pt, samples.png, report.txt.  Mean distance to the nearest latent: {d1:.0f}"
-          " (row L2: 164, with the model in the box)")
+          " (row L2: 164, with the latents of A5)")
 
 
 if __name__ == "__main__":

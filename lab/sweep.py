@@ -2,7 +2,7 @@
 Many small runs: what does each choice change?  Every run is stages 1 and 2 at a size that two cores do in
 minutes, and evaluate.py's numbers; a figure and a table are made of what is done.
 
-    objects         72, 256, 1,024 or 4,096 training objects, at equal quality of stage 1, and nothing
+    objects         72, 256, 1,024 or 4,096 training objects, at equal quality (by Adam), and nothing
                     recombined: does the plain method stop copying, and make what is new?
     latent          4, 8, 16 voxels along a side of the latent volume: 3DADM's ablation
     mix             the share of mixtures in a batch: 0, 0.25, 0.5 (which all other sweeps have), 1
