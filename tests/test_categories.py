@@ -36,9 +36,10 @@ def several(tmp_path_factory):
 def drawn(several, tmp_path_factory):
     out = tmp_path_factory.mktemp("drawn")
     flags = [*SMOKE, "--autodecoder", str(several / "stage1"), "--out", str(out), "--count", "2"]
-    # Codes of 16 numbers, of six objects: few steps are enough to tell mugs from lamps
-    flags += ["--steps", "350", "--preview_every", "350", "--recombinations", "64", "--among", "3",
-              "--components", "40", "--batch", "64", "--width", "64"]
+    # Codes of 16 numbers, of six objects: few steps are enough to tell mugs from lamps.  (After 350 it is not
+    # yet balanced when it is told nothing)
+    flags += ["--steps", "700", "--preview_every", "700", "--recombinations", "64",
+              "--among", "3", "--components", "40", "--batch", "64", "--width", "64"]
     categories.main(flags)
     return out, flags
 
@@ -62,11 +63,11 @@ def test_it_learns_what_it_is_told_and_draws(drawn, capsys):
     model, names, denoiser = load(out)
     of = categories.categories_of(model.config.data, names)
     for one in ("mugs", "lamps"):
-        near = categories.nearest_category(model, categories.asked(denoiser, one, range(16)), of)
-        assert near.count(one) >= 14
+        near = categories.nearest_category(model, categories.asked(denoiser, one, range(64)), of)
+        assert near.count(one) >= 56
     denoiser.guidance = 0.0                                           # not told, it makes both
-    near = categories.nearest_category(model, categories.asked(denoiser, "mugs", range(16)), of)
-    assert 3 <= near.count("mugs") <= 13
+    near = categories.nearest_category(model, categories.asked(denoiser, "mugs", range(64)), of)
+    assert 12 <= near.count("mugs") <= 52
     before = (out / "last.pt").read_bytes()
     categories.main(["mugs", *flags, "--first", "3"])
     assert "2 of 2 samples" in capsys.readouterr().out and (out / "last.pt").read_bytes() == before
