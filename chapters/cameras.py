@@ -172,7 +172,7 @@ def main(argv=None):
             # Batch, by the cameras as they are believed to stand
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             objects = torch.randperm(N, generator=generator)[:config.batch_objects]
-            pose = cameras.poses(objects, V + len(held_views))
+            pose = cameras.poses(objects, photos.rgb.shape[1])
             _, *batch = draw_batch(photos, config, torch.tensor(views), generator, objects, pose)
             place = jitter(batch, config.samples, generator, device)
             batch = [part.to(device) for part in batch]

@@ -35,7 +35,7 @@ from autodecoder import (BETAS, Autodecoder, draw_batch, fast_precision, jitter,
                          photos_nobody_took, plot_log, reconstruction_loss)
 from chapters.families import AsVolumes, follow, improve, record, resume, write_volumes
 from chapters.lift import Lift
-from common import Run, UserError, command, intrinsics_at, parse_config, pick_device, save_preview, to_bytes
+from common import Run, command, intrinsics_at, parse_config, pick_device, save_preview, to_bytes
 from diffusion import ancestral_sample, noise_of
 from shapes.packed import read_photos
 from volume_render import cameras, render_volumes
@@ -134,8 +134,6 @@ def main(argv=None):
     train = photos.split(config.holdout_views, config.views)[0]
     palettes, extents = photos.measured(train)
     run = Run(config.out, "render_diffusion", config, [f.name for f in fields(Config) if f.name not in FREE])
-    if config.rays < min(config.batch_objects, len(photos.names)):
-        raise UserError(f"--rays {config.rays}: at least one for each of a step's objects")
     torch.manual_seed(config.seed)
     network = Pictures(config).to(device)
     average = copy.deepcopy(network).requires_grad_(False)
