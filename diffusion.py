@@ -26,7 +26,6 @@ from common import (Run, UserError, command, fill, fill_optimizer, judge, load_s
                     pick_device, save_figure, save_preview, saved_config, to_bytes, together)
 
 import copy
-import itertools
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -317,10 +316,11 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
     sigmas = denoiser.sigma_at(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
-    for sigma, x in zip(sigmas, itertools.chain([x], walk(denoiser, x, sigmas, draw))):
-        if trace is not None:
-            trace.append((sigma.item(), denoiser.guess(x, sigma.expand(len(x), 1))))
-    return denoiser.guess(x, sigma.expand(len(x), 1))          # at the lowest level the guess is the sample
+    steps = [x, *walk(denoiser, x, sigmas, draw)]                                      # x at each level
+    guess = lambda sigma, x: denoiser.guess(x, sigma.expand(len(x), 1))
+    if trace is not None:
+        trace += zip(sigmas.tolist(), map(guess, sigmas, steps))
+    return guess(sigmas[-1], steps[-1])                        # at the lowest level the guess is the sample
 
 # ----------------------------------------------------------------------------------------------- the latents
 @torch.no_grad()
@@ -445,7 +445,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
 
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
-                parts = [part.mean() for part in (losses, *losses.tensor_split(3))]
+                parts = [part.mean() for part in (losses, *losses.tensor_split(3))]   # u ascends: low first
                 loss, low, middle, high = together(torch.stack(parts).detach()).tolist()
                 run.log(step, config.steps, loss=loss, low=low, middle=middle, high=high)
             if run.first_process and (step % config.preview_every == 0 or step == config.steps):
