@@ -134,15 +134,15 @@ def level_embedding(level, half):
 
 class Denoiser(nn.Module):
     """D(x, sigma), and what it must know: how latents are normalised, their principal components and the
-    deviation in each, the codes' mean and deviation (spread), two matrices between both, the noise levels."""
+    deviation in each, the codes' mean and deviation, two matrices between both spaces, the noise levels."""
     def __init__(self, config, model):
         super().__init__()
         shape = (model.config.latent_channels, *[model.config.latent_resolution] * 3)
         K, W = min(config.components, math.prod(shape)), model.codes.shape[1]
         self.config, self.model = config, (model,)           # in a tuple: its weights are not this module's
         self.norm, self.network = RobustNorm(shape), MLP(K, W, config)
-        for name, size in dict(basis=(K, math.prod(shape)), deviation=(K,), levels=(LEVELS,), mean=(W,),
-                               spread=(W,), to_code=(K, W), from_code=(W, K)).items():
+        for name, size in dict(basis=(K, math.prod(shape)), deviation=(K,), to_code=(K, W), from_code=(W, K),
+                               code_mean=(W,), code_deviation=(W,), levels=(LEVELS,)).items():
             self.register_buffer(name, torch.ones(size))
 
     def fit(self, codes, own, generator):
@@ -160,9 +160,9 @@ class Denoiser(nn.Module):
 
         # Two least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss:
         # it explains 97 % of the variance of G1's latents, in a thousandth of the time
-        self.mean.copy_(codes.mean(0))
-        self.spread.copy_(codes.std(0, correction=0) + 1e-6)
-        plain = (codes - self.mean) / self.spread
+        self.code_mean.copy_(codes.mean(0))
+        self.code_deviation.copy_(codes.std(0, correction=0) + 1e-6)
+        plain = (codes - self.code_mean) / self.code_deviation
         fit = lambda a, b: torch.linalg.lstsq(a.cpu(), b.cpu(), rcond=1e-4, driver="gelsd").solution
         self.to_code.copy_(fit(z, plain))
         self.from_code.copy_(fit(plain, z))
@@ -190,8 +190,8 @@ class Denoiser(nn.Module):
         # input has unit variance at every sigma, and its output counts in the codes' own deviations
         total = (sigma ** 2 + self.deviation ** 2).sqrt()
         linear = (self.deviation ** 2 / total ** 2 * x) @ self.to_code
-        return self.mean + self.spread * (linear + self.network(x / total, sigma.flatten().log() / 4,
-                                                                    *told))
+        learned = self.network(x / total, sigma.flatten().log() / 4, *told)
+        return self.code_mean + self.code_deviation * (linear + learned)
 
     def told(self, item, generator):
         """What else the network is told of these codes (B,): nothing.  See chapters/prompt.py"""
@@ -199,7 +199,7 @@ class Denoiser(nn.Module):
 
     def error(self, guess, codes, z):
         """D - z (B,K), nearly: from codes (B,W) by the matrix, not by G1.  (z is for chapters/unet.py)"""
-        return (guess - codes) / self.spread @ self.from_code
+        return (guess - codes) / self.code_deviation @ self.from_code
 
     def denoise(self, x, sigma):
         """x = z + sigma n (B,K), sigma (B,1) -> D(x, sigma), the latent that it can have come from (B,K)"""
@@ -274,11 +274,11 @@ def denoising_loss(denoiser, z, codes, noise, u, *told):
         DDPM     1 / sigma^2, from the error in n                     ancestral: noise at each step
         EDM      here 1 / (sigma^2 + a tenth of the variance of z):   Heun: noise only at first
                  theirs, 1 / sigma^2 + 1 / variance, gives the low levels more"""
-    # Components count by their share of the variance: else many short ones outweigh those that make the shape
-    sigma, variance = denoiser.sigma_at(u)[:, None], denoiser.deviation ** 2
+    # Components count by their deviation: all alike, short ones drown shapes; by variance, colours get lost
+    sigma, weight = denoiser.sigma_at(u)[:, None], denoiser.deviation / denoiser.deviation.mean()
     error = denoiser.error(denoiser.guess(z + sigma * noise, sigma, *told), codes, z)
-    least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * variance
-    return (variance / variance.mean() * error.square() / (sigma ** 2 + least)).mean(1)
+    least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * denoiser.deviation ** 2
+    return (weight * error.square() / (sigma ** 2 + least)).mean(1)
 
 def ancestral_sample(denoiser, x, sigmas, draw):
     """DDPM's (Ho et al., algorithm 2) -> x at the next level, step by step"""

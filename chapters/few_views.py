@@ -109,7 +109,7 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
                 pass
             code = denoiser.guess(clean, sigmas[-1].expand(len(x), 1))
         last = k == len(places) - 1
-        code = see(model.volumes_of, code, denoiser.spread, config.pull * (0.3 if last else 1),
+        code = see(model.volumes_of, code, denoiser.code_deviation, config.pull * (0.3 if last else 1),
                    config.steps * (6 if last else 1), 0.1 if last else 0.05, k)
         if not last:
             x = denoiser.to_components(denoiser.latents(code)) + denoiser.sigma_at(places[k + 1]) * draw()

@@ -109,7 +109,7 @@ def find_camera(model, denoiser, rgb, mask, around, steps=100, most=8):
         x, y = (at % n + 0.5).to(device), (at // n + 0.5).to(device)
         pose, lens = camera()
         rays = pixel_rays(pose[:, None], lens[:, None], x.expand(len(pose), -1), y.expand(len(pose), -1))
-        volume = model.volumes_of(code + denoiser.spread * way)
+        volume = model.volumes_of(code + denoiser.code_deviation * way)
         full = occupancy(volume, model.field)
         found, alpha, _ = render(volume, *rays, model.config.samples, model.field, None, full)
         target, opacity = rgb.view(-1, 3)[at].to(device), mask.flatten()[at].to(device)
@@ -119,7 +119,7 @@ def find_camera(model, denoiser, rgb, mask, around, steps=100, most=8):
         optimizer.step()
     with torch.no_grad():
         pose, lens = camera()
-        volumes = model.volumes_of(code + denoiser.spread * way)
+        volumes = model.volumes_of(code + denoiser.code_deviation * way)
         seen = [psnr(render_volumes(model, v[None], p[None], k, n)[0][0, 0].cpu(), rgb)
                 for v, p, k in zip(volumes, pose, lens)]
         best = torch.tensor(seen).argmax()

@@ -45,10 +45,10 @@ class CodeDenoiser(Denoiser):
 
     def fit(self, codes, own, generator):
         # Each number of a code counts in its own deviations.  The matrices between both spaces are then 1
-        self.mean.copy_(codes.mean(0))
-        self.spread.copy_(codes.std(0, correction=0) + 1e-6)
-        self.to_code.copy_(torch.eye(len(self.mean)))
-        self.from_code.copy_(torch.eye(len(self.mean)))
+        self.code_mean.copy_(codes.mean(0))
+        self.code_deviation.copy_(codes.std(0, correction=0) + 1e-6)
+        self.to_code.copy_(torch.eye(len(self.code_mean)))
+        self.from_code.copy_(torch.eye(len(self.code_mean)))
         z = self.examples(codes)
         points = self.to_components(own)
         levels, sigma, entropy = diffusion.choose_levels(points, self.config.low, generator)
@@ -59,7 +59,7 @@ class CodeDenoiser(Denoiser):
         return self.to_components(codes)
 
     def to_components(self, codes):
-        return (codes - self.mean) / self.spread
+        return (codes - self.code_mean) / self.code_deviation
 
     def denoise(self, x, sigma):
         return self.to_components(self.guess(x, sigma))

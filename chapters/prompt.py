@@ -98,7 +98,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, config, model, width):
         super().__init__(config, model)
         self.asked, self.guidance = torch.zeros(1, width, device="cpu"), config.guidance
-        self.network = MLP(len(self.deviation) + width, self.mean.numel(), config)
+        self.network = MLP(len(self.deviation) + width, self.code_mean.numel(), config)
 
     def fit(self, codes, own, generator):
         # The parents of the recombined codes: the same draw once more, by the same seed
@@ -143,11 +143,6 @@ class PromptDenoiser(GuidedDenoiser):
                  for some, a in zip(shapes, colours) for _ in range(self.config.captions)]
         every, which = np.unique(texts, return_inverse=True)           # few captions differ: say each once
         return self.say(every)[torch.from_numpy(which)].view(len(shapes), self.config.captions, -1)
-
-    def error(self, guess, codes, z):
-        # Stage 2 counts components by their variance, and colours are a small part of a latent's.  A caption
-        # names colours as often as shapes, so here components count by their deviation
-        return super().error(guess, codes, z) * (self.deviation.mean() / self.deviation).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------------ main

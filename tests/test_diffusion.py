@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_the_papers(formulation):
     wrong = lambda x, sigma: 0.7 * x + sigma.sin()
     denoiser = Ideal(deviation, formulation, denoise=wrong)
     ours = stage.denoising_loss(denoiser, z, None, n, u)
-    share = deviation ** 2 / deviation.square().mean()
+    share = deviation / deviation.mean()
     if formulation == "ddpm":
         sigma = denoiser.sigma_at(u)[:, None]
         a = 1 / (1 + sigma ** 2)                                                     # alpha_bar
