@@ -17,7 +17,7 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                        no copies, none of the samples in pieces (rows D20, V9)
+run  python diffusion.py                        no copies, none of the samples in pieces (rows D21, V10)
      python diffusion.py --mix 0 --out runs/copies    nothing recombined: nearer to the 72 (row D16)
 read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
