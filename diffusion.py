@@ -274,7 +274,7 @@ def denoising_loss(denoiser, z, codes, noise, u, *told):
         DDPM     1 / sigma^2, from the error in n                     ancestral: noise at each step
         EDM      here 1 / (sigma^2 + a tenth of the variance of z):   Heun: noise only at first
                  theirs, 1 / sigma^2 + 1 / variance, gives the low levels more"""
-    # Components count by their deviation: all alike, short ones drown shapes; by variance, colours get lost
+    # Components count by their deviation: alike, short ones drown shapes; by variance, they do not count
     sigma, weight = denoiser.sigma_at(u)[:, None], denoiser.deviation / denoiser.deviation.mean()
     error = denoiser.error(denoiser.guess(z + sigma * noise, sigma, *told), codes, z)
     least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * denoiser.deviation ** 2
