@@ -316,11 +316,11 @@ def sample(denoiser, seeds, steps=0, sampler="", trace=None):
     # From the highest level down.  There x is nearly all noise, so it begins as noise of x's own deviation
     sigmas = denoiser.sigma_at(torch.linspace(1, 0, steps or usual).to(denoiser.levels))
     x = draw() * (sigmas[0] ** 2 + denoiser.deviation ** 2).sqrt()
-    steps = [x, *walk(denoiser, x, sigmas, draw)]                                      # x at each level
+    path = [x, *walk(denoiser, x, sigmas, draw)]                                       # x at each level
     guess = lambda sigma, x: denoiser.guess(x, sigma.expand(len(x), 1))
     if trace is not None:
-        trace += zip(sigmas.tolist(), map(guess, sigmas, steps))
-    return guess(sigmas[-1], steps[-1])                        # at the lowest level the guess is the sample
+        trace += zip(sigmas.tolist(), map(guess, sigmas, path))
+    return guess(sigmas[-1], path[-1])                         # at the lowest level the guess is the sample
 
 # ----------------------------------------------------------------------------------------------- the latents
 @torch.no_grad()
