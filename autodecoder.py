@@ -7,12 +7,13 @@ There is no encoder.  A code is found by gradient descent on its numbers: togeth
 training objects, and with the decoder frozen for new objects (fit_codes).  G has two halves, because stage 2
 diffuses what lies between them:
 
-    code e (259) --G1--> latent volume (16 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
+    code e (140) --G1--> latent volume (25 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
 
-A code has three parts: 128 numbers for the shape, 128 for the colours, 3 for stretches along x, y and z.
-They come apart because stage 1 makes photos that nobody took.  It paints object i in the colours of object k,
-because all light is ambient (equal from everywhere): a photo holds the materials' colours alone.  It also
-makes object i wider or taller: it sends stretched rays through the same photos.
+A code is 3 stretches along x, y and z, 128 numbers for the shape, and 9 for the palette.  Only the shape is
+learned.  The palette is measured in the photos: the mean m of an object's colours, and the root R of their
+covariance.  The decoder gives each voxel a pattern w, and its colour is m + R w: any shape can be shown in any
+palette.  Stage 1 also trains with photos that nobody took: of objects in others' palettes (all light is
+ambient, equal from everywhere, so a photo holds the materials' colours alone), and wider or taller.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
@@ -50,15 +51,14 @@ class Config:
     holdout_views: int = 8               # the last photos of each object only measure the result (at least 1)
     # the decoder
     shape_width: int = 128               # numbers in a code that say the shape (at least 1)
-    colour_width: int = 128              # and numbers that say the colours (at least 1)
     latent_resolution: int = 8           # voxels along a side of the latent volume (at least 1)
-    latent_channels: int = 16            # numbers in a latent voxel (at least 1)
+    latent_channels: int = 25            # numbers in a latent voxel; the last 9 are the palette (at least 10)
     channels: tuple = (64, 32)           # widths of G2's levels; a second one doubles the side (at least 1)
     # rendering
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first
     # photos that nobody took
-    recolour: float = 0.5                # objects in another's colours, share at the first step (from 0 to 1)
+    recolour: float = 0.5                # objects in other colours, share at the first step (from 0 to 1)
     stretched: float = 0.5               # and share of stretched objects.  Both fall to 0 (from 0 to 1)
     stretch: float = 0.14                # log of the largest, before the diagonal is 1 again (from 0.01 to 1)
     # training
@@ -85,7 +85,7 @@ PRESETS = {
     "cpu": {},
     "gpu": dict(size=128, channels=(128, 64, 32), rays=32768, samples=96, steps=12000, dense_steps=1000,
                 preview_every=2000, save_every=1000),
-    "smoke": dict(size=32, objects=4, steps=40, channels=(16,), shape_width=8, colour_width=8, rays=512,
+    "smoke": dict(size=32, objects=4, steps=40, channels=(16,), shape_width=8, rays=512,
                   batch_objects=2, samples=12, dense_steps=20, preview_every=20, save_every=20, log_every=5),
     # The paper's notebook: one photo of one object per step, rays from anywhere, no mask, a small latent
     "notebook": dict(latent_resolution=4, channels=(32, 16, 16), mask_weight=0.0, foreground=0.0,
@@ -95,6 +95,8 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 # ------------------------------------------------------------------------------------------------ the decoder
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
 BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
+GREY = 0.5, 0.5, 0.5, 0.25, 0, 0, 0.25, 0, 0.25     # a palette, as long as none is measured: see palette_code
+PALETTE = len(GREY)
 
 class Block(nn.Module):
     """Two 3^3 convolutions, each after a norm and a nonlinearity, around a skip."""
@@ -115,35 +117,28 @@ class Autodecoder(nn.Module):
         super().__init__()
         self.config, widths, first = config, config.channels, config.channels[0]
         self.shapes = nn.Parameter(torch.normal(0.0, 0.1, (objects, config.shape_width)))
-        self.colours = nn.Parameter(torch.normal(0.0, 0.1, (objects, config.colour_width)))
+        self.register_buffer("palettes", torch.tensor(GREY).repeat(objects, 1))  # measured, and not learned
         # G1: the code is spread over 4^3 voxels, enlarged to the latent's resolution, and narrowed to a few
         # channels.  Stage 2 will diffuse these: the fewer, the easier
-        self.spread = nn.Linear(config.shape_width + config.colour_width + 3, first * 4 ** 3)
-        self.g1 = nn.Sequential(Block(first), nn.Conv3d(first, config.latent_channels, 1))
+        self.spread = nn.Linear(3 + config.shape_width, first * 4 ** 3)
+        self.g1 = nn.Sequential(Block(first), nn.Conv3d(first, config.latent_channels - PALETTE, 1))
 
         # G2: one block at each level.  Between two levels the channels are narrowed *before* the resolution
         # doubles, because the finest level costs the most
-        self.enter = nn.Conv3d(config.latent_channels, first, 3, padding=1)
+        self.enter = nn.Conv3d(config.latent_channels - PALETTE, first, 3, padding=1)
         self.levels = nn.ModuleList([nn.Sequential(Block(width)) for width in widths])
         self.narrow = nn.ModuleList([nn.Conv3d(a, b, 1) for a, b in zip(widths, widths[1:])])
         # The last doubling is nearly free: each voxel of the last level names its eight children, of four
-        # channels each (density and three colours).  A whole level at that resolution takes twice the time
+        # channels each (density and the pattern).  A whole level at that resolution takes twice the time
         self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(),
                                    nn.Conv3d(widths[-1], 4 * 8, 3, padding=1))
         # A volume that is born empty has no gradient: the paper's notebook "might have to run multiple times"
         with torch.no_grad():
             self.leave[-1].bias[:8].fill_(BORN)
 
-    def begin(self, palettes):
-        """Colour codes begin as their photos' palettes, along random directions (row W7)"""
-        known = torch.cat([palettes[0], power(palettes[1], 0.5).flatten(1)], 1)                # (N,12)
-        known = 0.1 * (known - known.mean(0)) / (known.std(0, correction=0) + 1e-6)
-        self.colours.data += (known @ torch.randn(12, self.config.colour_width)).to(self.colours.device)
-
-    def code(self, s, a, stretch):
-        """Shapes of objects s and colours of objects a (B,), log stretches (B,3) -> codes (B,W)"""
-        return torch.cat([self.rows(self.shapes, s), self.rows(self.colours, a),
-                          stretch / self.config.stretch], 1)
+    def code(self, stretch, s, palettes):
+        """Log stretches (B,3), shapes of objects s (B,), palettes (B,9) -> codes (B,W)"""
+        return torch.cat([stretch / self.config.stretch, self.rows(self.shapes, s), palettes], 1)
 
     def rows(self, table, which):
         # Sparse gradients have rows for these objects alone: ten objects cost the same as a million
@@ -153,19 +148,24 @@ class Autodecoder(nn.Module):
     def codes(self):
         """The objects as they are: each in its own colours, not stretched -> (N,W)"""
         every = torch.arange(len(self.shapes), device=self.shapes.device)
-        return self.code(every, every, self.shapes.new_zeros(len(every), 3))
+        return self.code(self.shapes.new_zeros(len(every), 3), every, self.palettes)
 
     def to_latent(self, codes):
-        """G1: (B,W) -> (B,C,r,r,r)"""
-        x = self.spread(codes).view(len(codes), -1, 4, 4, 4)
-        return self.g1(packed(resize(x, self.config.latent_resolution)))
+        """G1: (B,W) -> (B,C,r,r,r).  The palette stands in each voxel: stage 2 must know nothing else"""
+        r, palettes = self.config.latent_resolution, codes[:, -PALETTE:, None, None, None]
+        x = self.spread(codes[:, :-PALETTE]).view(len(codes), -1, 4, 4, 4)
+        return torch.cat([self.g1(packed(resize(x, r))).float(), palettes.expand(-1, -1, r, r, r)], 1)
 
     def to_volume(self, latent):
         """G2: (B,C,r,r,r) -> (B,4,D,H,W) before activation"""
-        x = self.enter(packed(latent))
+        x = self.enter(packed(latent[:, :-PALETTE]))
         for k, level in enumerate(self.levels):
             x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
-        return unfold_children(self.leave(x), self.leave[-1].out_channels // 8).float()
+        x = unfold_children(self.leave(x), self.leave[-1].out_channels // 8).float()
+        # The pattern in the palette's colours, m + R w: as logits, because `field` ends with a sigmoid
+        m, R = mean_and_root(latent[:, -PALETTE:].float().mean((2, 3, 4), keepdim=True))
+        colour = m + (R * x[:, None, 1:4]).sum(2)
+        return torch.cat([x[:, :1], torch.logit(colour, 0.01), x[:, 4:]], 1)
 
     def field(self, channels, position):
         """What was looked up (...,4) -> density (...), colour (...,3).  Only chapters/ need the position"""
@@ -181,6 +181,20 @@ def packed(x):
 
 def resize(x, size):
     return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * 3, mode="trilinear")
+
+def palette_code(mean, covariance):
+    """Mean (N,3) and covariance (N,3,3) of objects' colours -> palettes (N,9)"""
+    row, column = torch.triu_indices(3, 3)                     # of a symmetric matrix six numbers are enough
+    return torch.cat([mean, power(covariance, 0.5)[:, row, column]], 1)
+
+def mean_and_root(palettes):
+    """palettes (B,9,...) -> m (B,3,...) and R (B,3,3,...)"""
+    return palettes[:, :3], palettes[:, [3, 4, 5, 4, 6, 7, 5, 7, 8]].unflatten(1, (3, 3))
+
+def power(matrix, exponent):
+    """matrix ** exponent, for symmetric positive matrices (...,n,n)"""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
 
 def unfold_children(x, width):
     """(B,8C,n,n,n) -> (B,C,2n,2n,2n): eight numbers of a voxel become the 2^3 voxels in its place"""
@@ -231,31 +245,17 @@ def draw_batch(photos, config, views, generator, objects=None, pose=None):
     photos.forget()
     return objects, origins, directions, rgb, mask
 
-def recolouring(palettes, i, k):
-    """How to paint objects i in the colours of objects k: c -> A c + b, with A (B,3,3) and b (B,3)
-
-    A palette is the mean and the covariance of an object's colours.  Of all maps from i's to k's, this one
-    moves the colours least (optimal transport from one Gaussian to another)."""
-    mean, covariance = palettes
-    root, inverse = power(covariance[i], 0.5), power(covariance[i], -0.5)
-    A = inverse @ power(root @ covariance[k] @ root, 0.5) @ inverse
-    return A, mean[k] - (A @ mean[i][..., None])[..., 0]
-
-def power(matrix, exponent):
-    """matrix ** exponent, for symmetric positive matrices (...,n,n)"""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
-
 def photos_nobody_took(objects, batch, palettes, extents, config, left, generator):
-    """Paints some objects in others' colours, and stretches some -> whose colours (B,), log stretches (B,3),
-    the changed batch.  `left`: how much is left of the shares in Config, from 1 to 0"""
+    """Paints some objects in others' palettes, and stretches some -> log stretches (B,3), palettes (B,9), the
+    changed batch.  `left`: how much is left of the shares in Config, from 1 to 0"""
     (origins, directions, rgb, opacity), B = batch, len(objects)
-    # A photo is opacity x colour + (1 - opacity) x white: only the first part is painted
     others = torch.randint(len(extents), (B,), generator=generator)
     whose = torch.where(torch.rand(B, generator=generator) < left * config.recolour, others, objects)
-    A, b = recolouring(palettes, objects, whose)
-    white = 1 - opacity[..., None]
-    painted = (rgb - white) @ A.mT + opacity[..., None] * b[:, None] + white
+    # A photo is solid (m + R w) + (1 - solid) white.  Take the pattern w out, and put it into another palette
+    (m, R), (other_m, other_R) = mean_and_root(palettes[objects]), mean_and_root(palettes[whose])
+    solid = opacity[..., None]
+    pattern = (rgb - (1 - solid) - solid * m[:, None]) @ torch.linalg.inv(R)    # times solid (R is symmetric)
+    painted = pattern @ other_R + solid * other_m[:, None] + 1 - solid
     rgb = torch.where((whose == objects)[:, None, None], rgb, painted.clamp(0, 1))
     # A world that is stretched by the diagonal matrix D looks the same along stretched rays, (D o, D d).  The
     # three stretches are scaled together, so that the bounding box's diagonal stays 1, as all objects have it
@@ -264,7 +264,7 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     longer = (stretch.exp() * extent).norm(dim=1, keepdim=True) / extent.norm(dim=1, keepdim=True)
     stretch = (stretch - longer.log()) * (torch.rand(B, 1, generator=generator) < left * config.stretched)
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
-    return whose, stretch, (origins * D, directions * D, rgb, opacity)
+    return stretch, palettes[whose], (origins * D, directions * D, rgb, opacity)
 
 def reconstruction_loss(model, volume, batch, config, place, skip_empty, has_masks, more=None):
     """-> loss; and to log, the error of colour and the mean opacity (0 or 1 means that all has collapsed)"""
@@ -346,10 +346,10 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     run = Run(config.out, Decoder.__name__, config, [f.name for f in fields(Config) if f.name not in FREE])
     torch.manual_seed(config.seed)
     model = Decoder(config, len(photos.names)).to(device)
-    decoder = [p for name, p in model.named_parameters() if name not in ("shapes", "colours")]
+    decoder = [p for name, p in model.named_parameters() if name != "shapes"]
     optimizers = (torch.optim.Adam([p for p in decoder if p.dim() < 4], betas=BETAS),
                   Muon([p for p in decoder if p.dim() >= 4]),                 # the convolutions' weights
-                  torch.optim.SparseAdam([model.shapes, model.colours], betas=BETAS))
+                  torch.optim.SparseAdam([model.shapes], betas=BETAS))
     state, step = run.load("names", "model", "optimizers", "step"), 0
     if state:
         if state["names"] != photos.names:
@@ -365,8 +365,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
         print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
         config.recolour = 0.0
     palettes, extents = first_then_others(lambda: photos.measured(train_views))
-    if not state and config.recolour:
-        model.begin(palettes)
+    model.palettes.copy_(palettes := palette_code(*palettes))
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
@@ -380,17 +379,17 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             objects, *batch = draw(photos, config, train_views, generator)
             left = 1 - step / config.steps                     # at the end all photos are real ones
-            whose, stretch, batch = photos_nobody_took(objects, batch, palettes, extents, config, left,
-                                                       generator)
+            stretch, painted, batch = photos_nobody_took(objects, batch, palettes, extents, config, left,
+                                                         generator)
             place = jitter(batch, config.samples, generator, device)
 
             # Loss: decode the codes, render the rays, compare.  Several processes share the objects
-            code, mine = model.code(objects, whose, stretch.to(device)), my_share(len(objects))
+            code, mine = model.code(stretch.to(device), objects, painted.to(device)), my_share(len(objects))
             code.register_hook(together)
             volume, batch = model.volumes_of(code[mine]), [part[mine].to(device) for part in batch]
             loss, photo, alpha = reconstruction_loss(model, volume, batch, config, place[mine],
                                                      step >= config.dense_steps, photos.has_masks, more)
-            loss = loss + config.code_decay * code[:, :-3].square().mean()
+            loss = loss + config.code_decay * code[:, 3:-PALETTE].square().mean()
 
             # Step.  One that is not finite is left out
             model.zero_grad()
@@ -441,13 +440,14 @@ def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     frozen -> (N,W)"""
     if len(model.shapes) < 2:
         raise UserError("an autodecoder of one object knows no other: a new one cannot be fitted to photos")
-    # A code is counted in deviations of the training codes, from their mean: a random start often ends badly.
-    # The pull back to 0 decides whatever the given photos do not show
-    mean, deviation = model.codes.mean(0), model.codes.std(0) + 1e-6
-    deviation[-3:] = 0.5 * (model.config.stretched > 0)      # training drew them around 0, or not at all
-    return torch.cat([descend(model, model.volumes_of, mean.expand(len(some), -1), deviation, photos, views,
-                              some, steps, rate, decay, seed)
-                      for some in torch.arange(len(photos.names)).split(8)])
+    # A code is counted in deviations of the training codes, from their mean and the photos' palette: a random
+    # start often ends badly.  The pull back to 0 decides whatever the given photos do not show
+    deviation = model.codes.std(0) + 1e-6
+    deviation[:3] = 0.5 * (model.config.stretched > 0)      # training drew them around 0, or not at all
+    start = model.codes.mean(0).repeat(len(photos.names), 1)
+    start[:, -PALETTE:] = palette_code(*photos.measured(views)[0])                         # seen, not guessed
+    return torch.cat([descend(model, model.volumes_of, start[some], deviation, photos, views, some, steps,
+                              rate, decay, seed) for some in torch.arange(len(start)).split(8)])
 
 def descend(model, decode, start, unit, photos, views, objects, steps, rate, pull, seed):
     """Moves start (B,...) downhill until decode(start) looks like these objects' photos `views`.  `pull` is

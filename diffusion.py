@@ -13,7 +13,7 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
                   the shape of neighbours, the colours of another object, a little wider or taller
     levels        Up to sigma = 12 a perfect denoiser still recognises the object.  The choice between objects
                   happens at larger sigma, so we place many training levels there.  See levels.png
-    components    A latent has 8,192 numbers, but latents vary in some 200 directions: it sees those alone
+    components    A latent has 12,800 numbers, but latents vary in some 200 directions: it sees those alone
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
@@ -355,9 +355,9 @@ def recombined(model, count, generator, config):
 
     # Stretches as far as stage 1 has shown them; the box's diagonal stays an object's (256 tell its length)
     stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
-    codes = torch.cat([shape, model.colours[whose], stretch], 1)
+    codes = torch.cat([stretch, shape, model.palettes[whose]], 1)
     longer = (diagonals(model, codes) / diagonals(model, model.codes[:256]).mean()).log().clamp(-0.5, 0.5)
-    codes[:, -3:] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
+    codes[:, :3] = (stretch - longer[:, None] / model.config.stretch) * (model.config.stretched > 0)
     return codes
 
 def diagonals(model, codes):

@@ -48,7 +48,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from autodecoder import load_autodecoder
+from autodecoder import PALETTE, load_autodecoder
 from diffusion import latents_of, load_denoiser, nearest, recombined
 from diffusion import sample as draw_samples
 from shapes.photos import atomic_folder, kinds_of, read_small, write_intrinsics, write_view
@@ -115,19 +115,17 @@ def load_models(config, device):
 
 def exchanged(codes, model, names, denoiser, config):
     """The samples' codes (B,W), with the shape, the colours or the stretch that the user asks for"""
-    # A code is shape, colours and stretches, in this order.  A shape takes its stretches along
-    wide = model.shapes.shape[1]
+    # A code is stretches, shape and palette, in this order.  A shape takes its stretches along
     if config.colours_of:
-        codes[:, wide:-3] = code_of(config.colours_of, model, names, denoiser, config)[wide:-3]
+        codes[:, -PALETTE:] = code_of(config.colours_of, model, names, denoiser, config)[-PALETTE:]
     if config.shape_of:
-        shape = code_of(config.shape_of, model, names, denoiser, config)
-        codes[:, :wide], codes[:, -3:] = shape[:wide], shape[-3:]
+        codes[:, :-PALETTE] = code_of(config.shape_of, model, names, denoiser, config)[:-PALETTE]
 
     # A stretch is a logarithm, in units of stage 1's knob.  Without stretched objects nothing has learned it
     factors = torch.tensor(config.stretch, device=codes.device)
     if not model.config.stretched and (factors != 1).any():
         raise UserError("--stretch: this autodecoder was trained without stretched objects (--stretched 0)")
-    codes[:, -3:] += factors.log() / model.config.stretch
+    codes[:, :3] += factors.log() / model.config.stretch
     return codes
 
 
@@ -236,7 +234,7 @@ def swaps(model, rows=6, columns=8):
     N, device = len(model.shapes), model.shapes.device
     some = lambda count: torch.linspace(0, N - 1, min(count, N)).long().tolist()
     s, a = torch.tensor([(s, a) for s in some(rows) for a in (s, *some(columns))], device=device).unbind(1)
-    latents = latents_of(model, model.code(s, a, torch.zeros(len(s), 3, device=device)))
+    latents = latents_of(model, model.code(torch.zeros(len(s), 3, device=device), s, model.palettes[a]))
     rgb = render_views(model, latents, cameras(ANGLES[:1]), SIZE)[0][:, 0]
     return grid(to_bytes(rgb), 1 + min(columns, N))
 

@@ -2,7 +2,7 @@
 A chapter on stage 2: a codebook and a transformer, as a language model writes text (VQ-VAE, van den Oord
 2017).
 
-    latent (16 x 8^3) --encoder--> 4^3 vectors --nearest of 1,024 code words--> 64 tokens --decoder--> latent
+    latent (25 x 8^3) --encoder--> 4^3 vectors --nearest of 1,024 code words--> 64 tokens --decoder--> latent
     p(tokens) = product over t of p(token_t | tokens before it)
 
 First an encoder and a decoder learn to write a latent as 64 tokens: each is a word of a codebook, and says

@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import autodecoder
-from autodecoder import (BETAS, FREE, Autodecoder, draw_batch, jitter, learning_rate_share,
+from autodecoder import (BETAS, FREE, Autodecoder, draw_batch, jitter, learning_rate_share, palette_code,
                          reconstruction_loss)
 from chapters.families import improve, record, resume
 from chapters.poses import (SIDE, all_sides, angles_of, bootstrap, degrees_off, draw, measure, noisy, pose_of,
@@ -139,9 +139,10 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     model, cameras = Autodecoder(config, N).to(device), Cameras(N, V)
-    decoder = [p for name, p in model.named_parameters() if name not in ("shapes", "colours")]
+    model.palettes.copy_(palette_code(*photos.measured(torch.tensor(views))[0]))      # these need no camera
+    decoder = [p for name, p in model.named_parameters() if name != "shapes"]
     optimizers = (torch.optim.Adam(decoder, betas=BETAS),
-                  torch.optim.SparseAdam([model.shapes, model.colours], betas=BETAS),
+                  torch.optim.SparseAdam([model.shapes], betas=BETAS),
                   torch.optim.SparseAdam([cameras.table], betas=BETAS))
     networks = {"model": model, "cameras": cameras}
     highest = config.decoder_lr, config.code_lr, config.camera_lr
@@ -178,7 +179,7 @@ def main(argv=None):
             batch = [part.to(device) for part in batch]
 
             # Loss, and a step of decoder, codes and cameras
-            code = model.code(objects, objects, torch.zeros(len(objects), 3, device=device))
+            code = model.code(torch.zeros(len(objects), 3, device=device), objects, model.palettes[objects])
             loss, photo, alpha = reconstruction_loss(model, model.volumes_of(code), batch, config, place,
                                                      step >= config.dense_steps, photos.has_masks)
             learning = optimizers[:2] if config.start == "true" else optimizers

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from autodecoder import load_autodecoder
+from autodecoder import PALETTE, load_autodecoder
 from chapters.prompt import LOUD, GuidedDenoiser, asked, page, train_once
 from common import UserError, command, parse_config, pick_device, save_picture, to_bytes
 from diffusion import latents_of, load_denoiser
@@ -93,8 +93,7 @@ class CategoryDenoiser(GuidedDenoiser):
 @torch.no_grad()
 def nearest_category(model, codes, of):
     """-> the category of the training object whose shape code is nearest (B,)"""
-    wide = model.shapes.shape[1]
-    return [of[o] for o in torch.cdist(codes[:, :wide], model.shapes).argmin(1).tolist()]
+    return [of[o] for o in torch.cdist(codes[:, 3:-PALETTE], model.shapes).argmin(1).tolist()]
 
 
 def main(argv=None):

@@ -7,12 +7,12 @@ One photo leaves the back open.  fit_codes (stage 1) fills it in by a pull towar
 one answer.  Here an answer is drawn, along the noise levels of stage 2 (Zhang et al. 2024, "DAPS").  At each
 level:
 
-    guess      the denoiser takes the noise off: a code that could exist
+    guess      the denoiser takes the noise off: a code that could exist, in the photos' palette
     look       gradient descent moves the code until its renderings look like the photos, and not far
     noise      its latent gets noise again, less than before
 
 At high noise the guess decides, at the end the photos.  Another seed gives another answer: --count 4 draws
-four.  At last the latent itself moves a little: it has 8,192 numbers and a code 259, so it can show more.
+four.  At last the latent itself moves a little: it has 12,800 numbers and a code 140, so it can show more.
 
 Two things help with few photos.  Earphones are symmetric, so a mirrored camera would have taken the same
 photo: one more for free (--mirror; only a boom is on one side).  And a camera that is not known (--photo) is
@@ -33,13 +33,13 @@ from pathlib import Path
 
 import torch
 
-from autodecoder import descend, fast_precision, fit_codes
+from autodecoder import PALETTE, descend, fast_precision, fit_codes, palette_code
 from chapters.find_camera import find_camera, look_around, read_one
 from common import (UserError, command, grid, parse_config, pick_device, save_picture, save_preview,
                     save_text, to_bytes)
 from diffusion import heun_sample, latents_of, noise_of
 from sample import load_models
-from shapes.packed import Photos, read_photos
+from shapes.packed import Photos, palette, read_photos
 from viewer.page import write_gallery
 from volume_render import ANGLES, cameras, mean_of, psnr, render_views, render_volumes, score_views
 
@@ -79,14 +79,13 @@ def mirrored(photos):
 
 def given_photos(photos, views, config):
     """The photos that an answer sees, and which of them: with --mirror, those of the mirror too"""
-    if not config.mirror:
-        return photos, views
-    return mirrored(photos), torch.cat([views, views + photos.rgb.shape[1]])
+    twice = lambda: (mirrored(photos), torch.cat([views, views + photos.rgb.shape[1]]))
+    return twice() if config.mirror else (photos, views)
 
 
 def freed(model, latent, photos, views, objects, config, seed):
     """The latents (B,...), moved away from their codes a little: they can show what no code can"""
-    # A latent has 8,192 numbers, so it would fit a single photo too well and spoil what that photo does not
+    # A latent has 12,800 numbers, so it would fit a single photo too well and spoil what that photo does not
     # show.  Each photo says something of its own, so more of them need less pull
     pull = config.latent_pull / (len(views) / (1 + config.mirror))
     return descend(model, decoder_of(model), latent, latent.std(), photos, views, objects, 6 * config.steps,
@@ -101,6 +100,8 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
         model, decode, start, unit, photos, views, objects, steps, rate, pull, seed * 1000 + k)
     places = torch.linspace(1, 0, config.levels).to(denoiser.levels)
     x = draw() * (denoiser.sigma_at(places[0]) ** 2 + denoiser.deviation ** 2).sqrt()
+    seen = [palette(photos.rgb[o, views], photos.mask[o, views]) for o in objects]
+    seen = palette_code(*map(torch.stack, zip(*seen))).to(x)
     for k, place in enumerate(places):
         # Three of Heun's steps from here to almost no noise: one guess alone would be a mean of many objects
         sigmas = denoiser.sigma_at(place * torch.tensor([1, 0.6, 0.3, 0.0]).to(places))
@@ -108,6 +109,7 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
             for clean in heun_sample(denoiser, x, sigmas, None) if place > 0 else [x]:
                 pass
             code = denoiser.guess(clean, sigmas[-1].expand(len(x), 1))
+            code[:, -PALETTE:] = seen
         last = k == len(places) - 1
         code = see(model.volumes_of, code, denoiser.code_deviation, config.pull * (0.3 if last else 1),
                    config.steps * (6 if last else 1), 0.1 if last else 0.05, k)
@@ -168,13 +170,11 @@ def one_photo(model, names, denoiser, config):
     latents = answers(model, denoiser, photos, torch.arange(1), config)[:, 0]
     out = Path(config.out)
     same = render_volumes(model, model.to_volume(latents), pose[None], K, len(rgb))[0][:, 0].cpu()
-    around = render_views(model, latents, cameras(ANGLES), len(rgb))[0]
-    rows = torch.cat([photos.rgb[0].expand(len(latents), -1, -1, -1)[:, None], to_bytes(same)[:, None],
-                      to_bytes(around)], 1)
+    around = torch.cat([same[:, None], render_views(model, latents, cameras(ANGLES), len(rgb))[0]], 1)
+    rows = torch.cat([photos.rgb[0].expand(len(latents), -1, -1, -1)[:, None], to_bytes(around)], 1)
     save_picture(out / "photo.png", grid(rows.flatten(0, 1), rows.shape[1]))
-    said = [f"answer {k}" for k in range(len(latents[:8]))]
-    pair = config.seed, config.seed + 1
-    write_gallery(out / "viewer.html", model, names, latents[:8], said, denoiser, pair)
+    said, seeds = [f"answer {k}" for k in range(len(latents[:8]))], (config.seed, config.seed + 1)
+    write_gallery(out / "viewer.html", model, names, latents[:8], said, denoiser, seeds)
     x, y, z = pose[:3, 3].tolist()
     azimuth, elevation = math.degrees(math.atan2(y, x)), math.degrees(math.asin(z / math.hypot(x, y, z)))
     print(f"wrote {out}: photo.png (photo, ours, four other sides), viewer.html.  Camera: azimuth "

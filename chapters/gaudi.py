@@ -1,8 +1,8 @@
 """
 A chapter on stage 2: GAUDI's way (Bautista et al. 2022).  Diffuse the codes themselves, not the latents:
 
-    stage 2      x = G1(code) + sigma n     8,192 numbers are noised; the network guesses the code under them
-    here         x = code + sigma n         259 numbers are noised; the same network guesses the code
+    stage 2      x = G1(code) + sigma n     12,800 numbers are noised; the network guesses the code under them
+    here         x = code + sigma n         140 numbers are noised; the same network guesses the code
 
 GAUDI learns one code for each scene, without an encoder, and then the distribution of the codes.  It is stage
 1 and this chapter.  What does the latent buy?  Two codes that differ much may decode to nearly the same

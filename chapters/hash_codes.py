@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import autodecoder
-from autodecoder import BETAS, Autodecoder
+from autodecoder import BETAS, GREY, Autodecoder
 from common import RANK, UserError, command, load_newest, parse_config, save_figure, save_text
 
 
 @dataclass
 class Config(autodecoder.Config):
     out: str = "runs/hash_codes"         # folder for the model, the log and the pictures
-    pieces: int = 32                     # that each half of a code is put together from (at least 1)
+    pieces: int = 32                     # that a shape code is put together from (at least 1)
     storage: float = 0.25                # numbers kept, as a share of a table's (from 0.001 to 1)
     hash: str = "multiplicative"         # multiplicative | modulo: the second is the same in all pieces
     largest: int = 1000000               # objects up to which the cost of a step is measured (at least 1000)
@@ -49,24 +49,21 @@ PRESETS = {"cpu": {}, "gpu": autodecoder.PRESETS["gpu"],
 
 
 class HashedAutodecoder(Autodecoder):
-    """Stage 1's.  `shapes` and `colours` are now codebooks, and `rows` puts codes together from them"""
+    """Stage 1's.  `shapes` is now a codebook, and `rows` puts codes together from it"""
 
     def __init__(self, config, objects):
         super().__init__(config, 0)
         self.objects, self.entries = objects, max(1, round(config.storage * objects))
-        for name, width in (("shapes", config.shape_width), ("colours", config.colour_width)):
-            if width % config.pieces:
-                raise UserError(f"--pieces {config.pieces}: {width} numbers cannot be cut into so many")
-            book = 0.1 * torch.randn(config.pieces * self.entries, width // config.pieces)
-            setattr(self, name, nn.Parameter(book))
+        width = config.shape_width
+        if width % config.pieces:
+            raise UserError(f"--pieces {config.pieces}: {width} numbers cannot be cut into so many")
+        self.shapes = nn.Parameter(0.1 * torch.randn(config.pieces * self.entries, width // config.pieces))
+        self.register_buffer("palettes", torch.tensor(GREY).repeat(objects, 1))
         # The hash functions' random numbers: from a seed of their own, and kept with the weights
         generator = torch.Generator().manual_seed(0)
         draw = lambda: torch.randint(2 ** 31, (config.pieces,), generator=generator)
         self.register_buffer("a", 2 * draw() + 1)
         self.register_buffer("b", draw())
-
-    def begin(self, palettes):
-        """Stage 1 begins codes at palettes.  Here they begin at random: several objects share each piece"""
 
     def places(self, which):
         """Objects (B,) -> which rows of the codebooks, all pieces in one table, are theirs (B,P)"""
@@ -84,7 +81,7 @@ class HashedAutodecoder(Autodecoder):
     @property
     def codes(self):
         every = torch.arange(self.objects, device=self.a.device)
-        return self.code(every, every, self.shapes.new_zeros(self.objects, 3))
+        return self.code(self.shapes.new_zeros(self.objects, 3), every, self.palettes)
 
 
 def collisions(model):
@@ -107,14 +104,14 @@ def costs(config, sizes, objects=8, steps=10):
         row = [N]
         for build, plain in ((Autodecoder, True), (Autodecoder, False), (HashedAutodecoder, False)):
             # (The decoder is made as small as it can be: only the codes are timed)
-            model = build(Config(**vars(config) | dict(channels=(1,), latent_channels=1)), N)
-            tables = [model.shapes, model.colours]
+            model = build(Config(**vars(config) | dict(channels=(1,), latent_channels=10)), N)
+            tables = [model.shapes]
             optimizer = (torch.optim.Adam if plain else torch.optim.SparseAdam)(tables, betas=BETAS)
             seconds = []
             for step in range(steps):
                 began = time.perf_counter()
                 which = torch.randint(N, (objects,), generator=torch.Generator().manual_seed(step))
-                model.code(which, which, torch.zeros(objects, 3)).square().mean().backward()
+                model.code(torch.zeros(objects, 3), which, model.palettes[which]).square().mean().backward()
                 for table in tables if plain else ():
                     table.grad = table.grad.to_dense()
                 optimizer.step()

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import autodecoder
-from autodecoder import BORN, GAIN, Autodecoder
+from autodecoder import BORN, GAIN, PALETTE, Autodecoder
 from common import command
 
 
@@ -37,6 +37,7 @@ class Config(autodecoder.Config):
     steps: int = 600                     # gradient steps (at least 1)
     recolour: float = 0.0                # the paper shows objects in their own colours alone (from 0 to 1)
     stretched: float = 0.0               # and as they are (from 0 to 1)
+    latent_channels: int = 16            # numbers in a latent voxel: no palette is among them (at least 1)
     planes: bool = True                  # three feature planes; no: a feature volume
     grid_latent: bool = False            # each object has a small volume of its own in place of a code
     coordinates: bool = True             # each block sees where its voxels are ("position concatenation")
@@ -108,12 +109,11 @@ class HybridDecoder(Autodecoder):
 
         # A code is spread over 4^dims places; a latent grid has 8 numbers in each place of its resolution
         self.start = (config.latent_resolution if config.grid_latent else 4,) * dims
-        half = copies * 4 * self.start[0] ** dims
-        shape, colour = (half, half) if config.grid_latent else (config.shape_width, config.colour_width)
+        shape = copies * 8 * self.start[0] ** dims if config.grid_latent else config.shape_width
         self.shapes = nn.Parameter(0.1 * torch.randn(objects, shape))
-        self.colours = nn.Parameter(0.1 * torch.randn(objects, colour))
+        self.register_buffer("palettes", torch.zeros(objects, PALETTE))
         self.spread = (Conv(8, first, 1) if config.grid_latent
-                       else nn.Linear(shape + colour + 3, copies * first * self.start[0] ** dims))
+                       else nn.Linear(3 + shape + PALETTE, copies * first * self.start[0] ** dims))
         self.g1 = nn.Sequential(block(first), Conv(first, config.latent_channels, 1))
 
         # G2, level by level as stage 1's; the last one names each voxel's children
@@ -133,9 +133,9 @@ class HybridDecoder(Autodecoder):
 
     def to_latent(self, codes):
         """(B,numbers) -> (B,C,r,r,r), or (B,3,C,r,r) for planes"""
-        # A latent grid has no room for the three stretches
+        # A latent grid has no room for a palette and three stretches, so it learns its colours itself
         grid = self.config.grid_latent
-        x = self.spread(codes[:, :-3].reshape(-1, 8, *self.start) if grid else codes)
+        x = self.spread(codes[:, 3:-PALETTE].reshape(-1, 8, *self.start) if grid else codes)
         x = x.reshape(-1, self.enter.out_channels, *self.start)
         x = self.g1(packed(resize(x, self.config.latent_resolution)))
         return x.view(-1, 3, *x.shape[1:]) if self.config.planes else x

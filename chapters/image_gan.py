@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import autodecoder
-from autodecoder import Autodecoder, plot_log
+from autodecoder import GREY, Autodecoder, plot_log
 from chapters.families import AsVolumes, follow, record, resume, shown, smooth, write_volumes
 from chapters.gan3d import compete, r1_penalty
 from chapters.maps import places_of
@@ -91,14 +91,14 @@ class Critic(nn.Module):
 
 def make_generator(config):
     """Stage 1's decoder, for codes of random numbers"""
-    half = config.noise // 2
-    return Autodecoder(autodecoder.Config(shape_width=half, colour_width=config.noise - half,
-                                          channels=config.channels, samples=config.samples), 1)
+    return Autodecoder(autodecoder.Config(shape_width=config.noise, channels=config.channels,
+                                          samples=config.samples), 1)
 
 
 def volumes_of(network, noise):
-    """noise (B,K) -> volumes (B,4,N,N,N).  A code ends with three stretches, which stay 0 here"""
-    return smooth(network.volumes_of(F.pad(noise, (0, 3))))
+    """noise (B,K) -> volumes (B,4,N,N,N).  A code has three stretches and a palette too"""
+    grey = noise.new_tensor(GREY).expand(len(noise), -1)
+    return smooth(network.volumes_of(torch.cat([F.pad(noise, (3, 0)), grey], 1)))
 
 
 def pictures_of(network, noise, poses, K, config, place=None):
@@ -139,7 +139,7 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     maker, critic = make_generator(config).to(device), Critic(config).to(device)
     average = copy.deepcopy(maker).requires_grad_(False)
-    weights = [p for name, p in maker.named_parameters() if name not in ("shapes", "colours")]
+    weights = [p for name, p in maker.named_parameters() if name != "shapes"]
     optimizers = [torch.optim.Adam(some, config.lr, betas=(0.0, 0.99))
                   for some in (weights, critic.parameters())]
     networks = {"maker": maker, "critic": critic, "average": average}

@@ -111,8 +111,8 @@ def steadiness(poses):
 
 def strip(model, photos, transforms, out):
     """A new object, the shape between two and the colours of a third, folds as in the first one's film"""
-    shape, colour = model.shapes[:2].mean(0), model.colours[-1]
-    volume = model.volumes_of(torch.cat([shape, colour, shape.new_zeros(3)])[None])
+    shape, palette = model.shapes[:2].mean(0), model.palettes[-1]
+    volume = model.volumes_of(torch.cat([shape.new_zeros(3), shape, palette])[None])
     # Eight frames of the first half of its film: it opens and closes once or twice
     chosen = torch.linspace(0, len(transforms) / 2, 8).long().tolist()
     rows = [torch.stack([to_bytes(whole_frame(model, volume, photos, 0, view, transforms[k])[0])
@@ -143,8 +143,9 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     model = Moving(config, N, frames).to(device)
+    model.palettes.copy_(autodecoder.palette_code(*photos.measured(train)[0]))
     named = dict(model.named_parameters())
-    codes, poses = [named.pop("shapes"), named.pop("colours")], [named.pop("poses"), named.pop("pivot")]
+    codes, poses = [named.pop("shapes")], [named.pop("poses"), named.pop("pivot")]
     groups = [(list(named.values()), config.decoder_lr), (codes, config.code_lr), (poses, config.pose_lr)]
     optimizer = torch.optim.Adam([{"params": some} for some, _ in groups], betas=autodecoder.BETAS)
     step = resume(run, None, {"model": model}, [optimizer])
@@ -161,7 +162,7 @@ def main(argv=None):
             place = jitter(batch, config.samples, generator, device)
 
             # All rays of an object share one decoding, whatever their frames' poses
-            code = model.code(o, o, torch.zeros(len(o), 3, device=device))
+            code = model.code(torch.zeros(len(o), 3, device=device), o, model.palettes[o])
             there = motion_of(model, config, truth, model.poses[o], o, frame.to(device))
             volume = model.volumes_of(code)
             seen, alpha, _ = render_parts(model, volume, origins, directions, there, config.samples, place,

@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import diffusion
-from autodecoder import load_autodecoder
+from autodecoder import PALETTE, load_autodecoder
 from chapters.families import with_box
 from common import UserError, command, grid, load_newest, parse_config, pick_device, save_picture, to_bytes
 from diffusion import MLP, Denoiser, draw_parents, latents_of, load_denoiser
@@ -172,9 +172,9 @@ def asked(denoiser, text, seeds):
 
 def obeyed(model, codes, text, factors):
     """How often are the training objects with the nearest codes as asked? -> {factor: share}"""
-    wide, allowed = model.shapes.shape[1], understood(text)
-    shape = torch.cdist(codes[:, :wide], model.shapes).argmin(1).tolist()
-    colour = torch.cdist(codes[:, wide:-3], model.colours).argmin(1).tolist()
+    allowed = understood(text)
+    shape = torch.cdist(codes[:, 3:-PALETTE], model.shapes).argmin(1).tolist()
+    colour = torch.cdist(codes[:, -PALETTE:], model.palettes).argmin(1).tolist()
     whose = {factor: colour if factor == "palette" else shape for factor in allowed}
     return {factor: np.mean([factors[o][factor] in allowed[factor] for o in whose[factor]])
             for factor in allowed}

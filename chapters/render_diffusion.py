@@ -32,7 +32,7 @@ import torch.nn as nn
 
 import autodecoder
 from autodecoder import (BETAS, Autodecoder, draw_batch, fast_precision, jitter, learning_rate_share,
-                         photos_nobody_took, plot_log, reconstruction_loss)
+                         palette_code, photos_nobody_took, plot_log, reconstruction_loss)
 from chapters.families import AsVolumes, follow, improve, record, resume, write_volumes
 from chapters.lift import Lift
 from common import Run, command, intrinsics_at, parse_config, pick_device, save_preview, to_bytes
@@ -133,12 +133,13 @@ def main(argv=None):
     photos = read_photos(config.data, config.size)
     train = photos.split(config.holdout_views, config.views)[0]
     palettes, extents = photos.measured(train)
+    palettes = palette_code(*palettes)
     run = Run(config.out, "render_diffusion", config, [f.name for f in fields(Config) if f.name not in FREE])
     torch.manual_seed(config.seed)
     network = Pictures(config).to(device)
     average = copy.deepcopy(network).requires_grad_(False)
     weights = [p for name, p in network.named_parameters() if ".g1" not in name and ".spread" not in name
-               and name not in ("decoder.shapes", "decoder.colours")]
+               and name != "decoder.shapes"]
     optimizer = torch.optim.Adam(weights, betas=BETAS)
     networks = {"network": network, "average": average}
     step, parameters = resume(run, None, networks, [optimizer]), sum(p.numel() for p in weights)

@@ -1,9 +1,9 @@
 """
 A chapter on stage 2: 3DADM's denoiser, a 3D U-Net, in place of the paper's MLP.
 
-    noised latent (16 x 8^3) --down--> coarse levels, where every voxel can ask every other --up--> latent
+    noised latent (25 x 8^3) --down--> coarse levels, where every voxel can ask every other --up--> latent
 
-The MLP needs principal components, because its hidden units are fewer than a latent's 8,192 numbers.  A
+The MLP needs principal components, because its hidden units are fewer than a latent's 12,800 numbers.  A
 convolutional network has no such bottleneck: it can output noise in all of them, and works on the latent as
 it is.  It also knows what the MLP must learn: neighbours in a latent belong together.  Its price is time.
 After 4,000 steps of 16 latents colours still bleed a little, and there are specks beside some objects.

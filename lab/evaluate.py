@@ -210,10 +210,11 @@ def rivals(model, denoiser, config, device):
     if config.controls:
         anybody = lambda: torch.randint(len(training), (count,), generator=generator).to(device)
         plain = torch.zeros(count, 3, device=device)                               # not stretched
-        halves = [gaussian(half, count, generator) for half in (model.shapes, model.colours)]
+        halves = [gaussian(half, count, generator) for half in (model.shapes, model.palettes)]
         sets |= {"recombined codes": latents_of(model, recombined(model, count, generator, denoiser.config)),
-                 "swapped colours": latents_of(model, model.code(anybody(), anybody(), plain)),
-                 "Gaussian of codes": latents_of(model, torch.cat([*halves, plain], 1)),
+                 "swapped colours": latents_of(model,
+                                               model.code(plain, anybody(), model.palettes[anybody()])),
+                 "Gaussian of codes": latents_of(model, torch.cat([plain, *halves], 1)),
                  "Gaussian of latents": gaussian(training, count, generator),
                  "a copier": training[anybody()]}
     return sets | {"training objects": training}

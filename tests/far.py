@@ -45,7 +45,8 @@ class Far(torch.Tensor):
         return self.raw.tolist()
 
     def __getitem__(self, where):
-        return super().__getitem__(torch.tensor(where).to(DEVICE) if isinstance(where, list) else where)
+        there = lambda one: torch.tensor(one).to(DEVICE) if isinstance(one, list) else one
+        return super().__getitem__(tuple(map(there, where)) if isinstance(where, tuple) else there(where))
 
     def numpy(self, *_, **__):
         raise RuntimeError("numpy: this tensor is on the device")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import autodecoder as stage
 import common
@@ -35,10 +36,10 @@ def trained(data, tmp_path_factory):
 # ---- the model ----
 
 @pytest.mark.parametrize("change, latent, volume", [
-    ({}, (2, 16, 8, 8, 8), (2, 4, 32, 32, 32)),
-    ({"latent_resolution": 4}, (2, 16, 4, 4, 4), (2, 4, 16, 16, 16)),
-    ({"latent_resolution": 16, "channels": (16,)}, (2, 16, 16, 16, 16), (2, 4, 32, 32, 32)),
-    ({"latent_channels": 3, "channels": (16, 8, 8)}, (2, 3, 8, 8, 8), (2, 4, 64, 64, 64))])
+    ({}, (2, 25, 8, 8, 8), (2, 4, 32, 32, 32)),
+    ({"latent_resolution": 4}, (2, 25, 4, 4, 4), (2, 4, 16, 16, 16)),
+    ({"latent_resolution": 16, "channels": (16,)}, (2, 25, 16, 16, 16), (2, 4, 32, 32, 32)),
+    ({"latent_channels": 12, "channels": (16, 8, 8)}, (2, 12, 8, 8, 8), (2, 4, 64, 64, 64))])
 def test_every_knob_decodes_and_learns(change, latent, volume):
     config = replace(stage.Config(), channels=(16, 16), shape_width=12, precision="float32")
     config = replace(config, **change)
@@ -100,56 +101,75 @@ def test_recoloured_photos_have_the_other_palette(data):
     """Rays of object 0 in the colours of 1: the same opacity and background, and 1's mean and covariance."""
     photos = read_photos(data / "earphones_train", 32)
     views = torch.arange(4)
-    palettes, extents = photos.measured(views)
-    means, covariances = palettes
-    A, b = stage.recolouring(palettes, torch.tensor([0, 2]), torch.tensor([1, 2]))
-    assert (A[1] - torch.eye(3)).abs().max() < 1e-3 and b[1].abs().max() < 1e-3       # its own: unchanged
+    (means, covariances), extents = photos.measured(views)
+    palettes = stage.palette_code(means, covariances)
+    A = stage.power(covariances[1], 0.5) @ stage.power(covariances[0], -0.5)
     solid = photos.mask[0, views] == 255
-    painted = photos.rgb[0, views][solid] / 255 @ A[0].T + b[0]
-    assert (painted.mean(0) - means[1]).abs().max() < 1e-4
-    added = 0.001 * A[0] @ A[0].T                     # what the palette has more than the colours, painted
-    assert (painted.T.cov(correction=0) + added - covariances[1]).abs().max() < 1e-4
+    painted = (photos.rgb[0, views][solid] / 255 - means[0]) @ A.T + means[1]
+    added = 0.001 * A @ A.T                           # what the palette has more than the colours, painted
+    assert (torch.cov(painted.T) + added - covariances[1]).abs().max() < 1e-3
 
     config = replace(stage.Config(), rays=4000, batch_objects=3, recolour=1.0, batch_views=4)
     objects, *batch = stage.draw_batch(photos, config, views, torch.Generator().manual_seed(0))
     config.stretched = 0.0
     arguments = objects, batch, palettes, extents, config
-    whose, stretch, new = stage.photos_nobody_took(*arguments, 1.0, torch.Generator().manual_seed(3))
-    assert not torch.equal(whose, objects) and (stretch == 0).all()
+    stretch, wanted, new = stage.photos_nobody_took(*arguments, 1.0, torch.Generator().manual_seed(3))
+    assert not torch.equal(wanted, palettes[objects]) and (stretch == 0).all()
     last = stage.photos_nobody_took(*arguments, 0.0, torch.Generator().manual_seed(3))
-    assert torch.equal(last[0], objects)                          # at the end all photos are real ones
+    assert torch.equal(last[1], palettes[objects])                # at the end all photos are real ones
+    assert torch.equal(last[2][2], batch[2])
     assert all(torch.equal(batch[k], new[k]) for k in (0, 1, 3))
     assert (new[2][batch[3] == 0] - 1).abs().max() < 1e-5                             # white stays white
-    for one, (o, k) in enumerate(zip(objects, whose)):
+    for one, o in enumerate(objects):
         same = torch.equal(new[2][one], batch[2][one])
-        assert same == (o == k)
+        assert same == torch.equal(wanted[one], palettes[o])
+
+    # Pixels that are partly solid: their colours are painted, and as much white as before stands behind them
+    opacity, colour = torch.rand(1, 500), 0.3 + 0.4 * torch.rand(1, 500, 3)
+    over_white = lambda some: opacity[..., None] * some + 1 - opacity[..., None]
+    batch = torch.zeros(1, 500, 3), torch.zeros(1, 500, 3), over_white(colour), opacity
+    for seed in range(9):
+        _, wanted, new = stage.photos_nobody_took(torch.tensor([0]), batch, palettes, extents, config, 1.0,
+                                                  torch.Generator().manual_seed(seed))
+        if torch.equal(wanted[0], palettes[1]):
+            break
+    painted = over_white((colour - means[0]) @ A.T + means[1])
+    assert (new[2] - painted.clamp(0, 1)).abs().max() < 1e-4 and (painted - batch[2]).abs().mean() > 0.02
 
 
-def test_colour_codes_begin_as_palettes():
-    """Objects of like colours begin with like codes; one object alone begins at random"""
-    torch.manual_seed(0)
-    model, alone = (stage.Autodecoder(replace(stage.Config(), channels=(4,)), count) for count in (40, 1))
+def test_a_palette_is_measured_and_not_learned(data, tmp_path):
+    """It holds all of a mean and a covariance, and after training it is what the training photos say"""
     mean, root = torch.rand(40, 3), 0.1 * torch.randn(40, 3, 3)
-    palettes = mean, root @ root.mT
-    before = model.colours.detach().clone()
-    model.begin(palettes)
-    way = model.colours.detach() - before
-    assert 0.1 < way.std() < 1 and torch.linalg.matrix_rank(way, rtol=1e-4) <= 9        # of 12, 3 stand twice
-    known = torch.cat([mean, stage.power(palettes[1], 0.5).flatten(1)], 1)
-    apart = lambda some: torch.pdist((some - some.mean(0)) / some.std(0))
-    assert torch.corrcoef(torch.stack([apart(known), torch.pdist(way)]))[0, 1] > 0.8
-    alone.begin([some[:1] for some in palettes])
-    assert alone.colours.isfinite().all()
+    covariance = root @ root.mT + 1e-3 * torch.eye(3)
+    m, R = stage.mean_and_root(stage.palette_code(mean, covariance))
+    assert torch.equal(m, mean) and torch.allclose(R @ R.mT, covariance, atol=1e-6)
+    train(data, tmp_path, "--steps", "2", "--holdout_views", "2")
+    model, _ = stage.load_autodecoder(tmp_path)
+    palettes, _ = read_photos(data / "earphones_train", 32).measured(torch.arange(4))
+    assert torch.allclose(model.palettes, stage.palette_code(*palettes), atol=1e-5)
 
 
-def test_palettes_are_given_once(data, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(stage.Autodecoder, "begin", lambda model, palettes: calls.append(len(palettes[0])))
-    train(data, tmp_path / "a", "--steps", "2")
-    assert calls == [3]
-    train(data, tmp_path / "a", "--steps", "2")                                                # it goes on
-    train(data, tmp_path / "b", "--steps", "2", "--recolour", "0")
-    assert calls == [3]
+def test_a_colour_is_mean_and_root_times_pattern():
+    """Two codes that differ in their palettes alone: same density, and one pattern in both palettes"""
+    torch.manual_seed(0)
+    model = stage.Autodecoder(replace(stage.Config(), channels=(8,), shape_width=5, precision="float32"), 2)
+    nn.init.normal_(model.leave[-1].weight, 0, 0.1)
+    root = torch.rand(2, 3, 3)
+    covariance = 0.002 * root @ root.mT + 1e-3 * torch.eye(3)
+    palettes = stage.palette_code(0.4 + 0.2 * torch.rand(2, 3), covariance)
+    codes = model.code(torch.zeros(2, 3), torch.tensor([1, 1]), palettes)
+    latents = model.to_latent(codes)
+    assert torch.allclose(latents[0, :-9], latents[1, :-9], atol=1e-6)
+    assert torch.equal(latents[:, -9:, 3, 1, 2], palettes)
+    volumes = model.to_volume(latents)
+    assert torch.allclose(volumes[0, 0], volumes[1, 0], atol=1e-5)
+    one, other = model.field(volumes.movedim(1, -1), None)[1]
+    m, R = stage.mean_and_root(palettes)
+    inside = ((one - 0.5).abs() < 0.45).all(-1) & ((other - 0.5).abs() < 0.45).all(-1)
+    assert inside.float().mean() > 0.5 and one.std() > 0.01
+    pattern = (one - m[0]) @ torch.linalg.inv(R[0])
+    assert (pattern @ R[1] + m[1] - other)[inside].abs().max() < 1e-4
+    assert 0.0099 < volumes[:, 1:].sigmoid().min() and volumes[:, 1:].sigmoid().max() < 0.9901
 
 
 def test_stretched_rays_see_the_stretched_object():
@@ -160,8 +180,8 @@ def test_stretched_rays_see_the_stretched_object():
     origins, directions = volume_render.camera_rays(pose, common.intrinsics_at(32).float()[None], 32)
     batch = origins, directions, torch.ones_like(origins), torch.ones(1, 1024)
     extents = torch.tensor([[0.6, 0.48, 0.64]])
-    palettes = torch.ones(1, 3), torch.eye(3)[None]
-    _, stretch, new = stage.photos_nobody_took(torch.tensor([0]), batch, palettes, extents, config, 1.0,
+    palettes = stage.palette_code(torch.ones(1, 3), torch.eye(3)[None])
+    stretch, _, new = stage.photos_nobody_took(torch.tensor([0]), batch, palettes, extents, config, 1.0,
                                                torch.Generator().manual_seed(1))
     D = stretch.exp()
     assert stretch.abs().max() > 0.02 and abs((D * extents).norm() - 1) < 1e-6   # still of diagonal 1
@@ -188,13 +208,14 @@ def test_extents_are_the_bounding_boxes(data):
     assert larger.min() > 0 and larger.max() < 0.06
 
 
-def test_a_code_is_shape_and_colours_and_stretch():
-    model = stage.Autodecoder(replace(stage.Config(), channels=(16,), shape_width=5, colour_width=4), 3)
-    one = model.code(torch.tensor([2]), torch.tensor([0]), torch.tensor([[0.14, 0.0, -0.07]]))
-    assert torch.equal(one[:, :5], model.shapes[2:]) and torch.equal(one[:, 5:9], model.colours[:1])
-    assert (one[0, 9:] - torch.tensor([1, 0, -0.5])).abs().max() < 1e-6
-    assert torch.equal(model.codes[:, :9], torch.cat([model.shapes, model.colours], 1))
-    assert (model.codes[:, 9:] == 0).all()
+def test_a_code_is_stretch_and_shape_and_palette():
+    model = stage.Autodecoder(replace(stage.Config(), channels=(16,), shape_width=5), 3)
+    model.palettes.copy_(torch.randn(3, 9))
+    one = model.code(torch.tensor([[0.14, 0.0, -0.07]]), torch.tensor([2]), model.palettes[:1])
+    assert (one[0, :3] - torch.tensor([1, 0, -0.5])).abs().max() < 1e-6
+    assert torch.equal(one[:, 3:], torch.cat([model.shapes[2:], model.palettes[:1]], 1))
+    assert torch.equal(model.codes[:, 3:], torch.cat([model.shapes, model.palettes], 1))
+    assert (model.codes[:, :3] == 0).all()
 
 
 def test_without_masks_nothing_is_recoloured(data, tmp_path, capsys):
@@ -286,12 +307,11 @@ def test_muon_moves_equally_far_along_all_singular_vectors():
 def test_convolutions_learn_by_muon_and_all_else_by_adam(data, trained):
     state = common.load_checkpoint(trained / "last.pt")
     adam, muon, codes = ([one for one in kept["state"].values()] for kept in state["optimizers"])
-    weights = [value for name, value in state["model"].items() if name not in ("shapes", "colours")]
+    weights = [value for name, value in state["model"].items() if name not in ("shapes", "palettes")]
     shapes = lambda some: sorted(map(list, (one.shape for one in some)))
     assert shapes(one["mean"] for one in muon) == shapes(w for w in weights if w.dim() >= 4)
     assert shapes(one["exp_avg"] for one in adam) == shapes(w for w in weights if w.dim() < 4)
-    assert shapes(one["exp_avg"] for one in codes) == shapes(state["model"][key] for key in
-                                                             ("shapes", "colours"))
+    assert shapes(one["exp_avg"] for one in codes) == [[*state["model"]["shapes"].shape]]
 
 
 def test_resume_is_bit_exact(data, trained, tmp_path):
@@ -394,11 +414,12 @@ def test_fit_recovers_a_known_code(data):
     """Photos rendered by the model itself, of a code that it was not given: the fit must explain views that
     it did not see."""
     torch.manual_seed(0)
-    config = replace(stage.Config(), channels=(16, 16), shape_width=4, colour_width=4, samples=24, rays=512,
+    config = replace(stage.Config(), channels=(16, 16), shape_width=4, samples=24, rays=512,
                      precision="float32")
     model = stage.Autodecoder(config, 3).eval().requires_grad_(False)
     model.shapes *= 30                              # an untrained decoder, driven hard, makes coloured clouds
-    model.colours *= 30
+    model.leave[-1].bias[:8] += 3                   # as dense as solids, so that their palette can be measured
+    model.palettes += 0.1 * torch.randn(3, 9)
     real = read_photos(data / "earphones_train", 32, 1)
     photos = Photos(real.rgb.clone(), real.mask.clone(), real.pose, real.intrinsics, real.names)
     volume = model.to_volume(model.to_latent((0.2 * model.codes[0] + 0.8 * model.codes[1])[None]))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import autodecoder
 import common
 import diffusion
 import volume_render
@@ -146,6 +147,24 @@ def test_a_single_photo_holds_the_latent_back_as_its_mirror_image_does_not_count
     assert pulls == pytest.approx([0.03, 0.03, 0.015, 0.0075])
 
 
+def test_fits_and_answers_begin_in_the_photos_palette(denoised, data, monkeypatch):
+    model, _, denoiser = diffusion.load_denoiser(denoised)
+    photos, views, starts = read_photos(data / "earphones_test", 32, 2), torch.tensor([1, 3]), []
+
+    def stay(model, decode, start, *what):
+        starts.append(start)
+        return start
+    monkeypatch.setattr(few_views, "descend", stay)
+    monkeypatch.setattr(autodecoder, "descend", stay)
+    seen = autodecoder.palette_code(*photos.measured(views)[0])
+    autodecoder.fit_codes(model, photos, views)
+    few_views.posterior(model, denoiser, photos, views, torch.tensor([1, 0]), few_views.Config(levels=3), 0)
+    assert len(starts) == 5                                     # a fit; three levels and the latent set free
+    assert torch.allclose(starts[0][:, -9:], seen)
+    assert all(torch.allclose(code[:, -9:], seen[[1, 0]], atol=1e-5) for code in starts[1:4])
+    assert not torch.allclose(seen, autodecoder.palette_code(*photos.measured(torch.tensor([0]))[0]))
+
+
 def test_descent_moves_towards_the_photos_and_is_held_back(trained, data):
     model, _ = load_autodecoder(trained)
     photos, objects = read_photos(data / "earphones_test", 32, 2), torch.arange(2)
@@ -269,6 +288,6 @@ def test_the_u_net_trains_and_writes_its_samples(trained, tmp_path, capsys):
     unet.main(flags)
     assert "Outside the span" in capsys.readouterr().out and (tmp_path / "run/samples.png").exists()
     first = common.load_checkpoint(tmp_path / "run/latents.pt")["latents"]
-    assert first.shape == (2, 16, 8, 8, 8) and first.isfinite().all()
+    assert first.shape == (2, 25, 8, 8, 8) and first.isfinite().all()
     unet.main(flags)                                                # trained already: the same samples
     assert torch.equal(common.load_checkpoint(tmp_path / "run/latents.pt")["latents"], first)

@@ -307,11 +307,11 @@ knobs = lambda **change: replace(stage.Config(), **change)
 def test_recombined_codes_are_of_neighbours_in_others_colours(trained):
     model, _ = autodecoder.load_autodecoder(trained)
     model.shapes = torch.nn.Parameter(torch.cat([torch.eye(4, 8), 100 + torch.eye(4, 8)]))
-    model.colours = torch.nn.Parameter(torch.arange(8.0)[:, None].expand(8, 8).clone())
+    model.palettes = torch.arange(8.0)[:, None].expand(8, 9).clone()
     codes = stage.recombined(model, 400, torch.Generator().manual_seed(0), knobs(among=4, spread=1.0))
-    shape, colours, stretch = codes[:, :8], codes[:, 8:16], codes[:, 16:]
+    stretch, shape, colours = codes.split([3, 8, 9], 1)
     low = shape.mean(1) < 50
-    assert shape.shape == colours.shape == (400, 8) and 100 < low.sum() < 300
+    assert shape.shape == (400, 8) and colours.shape == (400, 9) and 100 < low.sum() < 300
     ours = shape - 100 * (~low)[:, None]
     assert ours[:, :4].min() > -1e-3 and (ours[:, :4].sum(1) - 1).abs().max() < 1e-3     # between neighbours
     assert (colours == colours[:, :1]).all() and len(colours[:, 0].unique()) == 8          # somebody's, whole
@@ -329,21 +329,21 @@ def test_nothing_is_recombined_that_stage_1_has_not_shown(trained):
     model, _ = autodecoder.load_autodecoder(trained)
     model.config = replace(model.config, recolour=0.0, stretched=0.0)
     codes = stage.recombined(model, 50, torch.Generator().manual_seed(0), knobs(among=1))
-    assert (codes[:, 16:] == 0).all()
-    own = model.codes[:, None, :16]              # among 1: each shape is an object's own
-    assert ((codes[:, :16] - own).abs().amax(2).amin(0) < 1e-4).all()
+    assert (codes[:, :3] == 0).all()
+    own = model.codes[:, None]                   # among 1: each shape is an object's own
+    assert ((codes - own).abs().amax(2).amin(0) < 1e-4).all()
 
 
 def test_recombined_volumes_have_the_usual_diagonal():
     """Of a model whose volumes are boxes with the sides 2^(0.75 stretch) / 2: all diagonals come out equal"""
     class Boxes:
-        shapes, colours = torch.zeros(3, 2), torch.zeros(3, 2)
+        shapes, palettes = torch.zeros(3, 2), torch.zeros(3, 9)
         field = staticmethod(lambda channels, position: (channels[..., 0], channels[..., :3]))
         config = SimpleNamespace(stretch=0.75 * math.log(2), stretched=0.5, recolour=0.5)
-        codes = torch.zeros(3, 7)
+        codes = torch.zeros(3, 14)
 
         def volumes_of(self, codes):
-            half = 2.0 ** (0.75 * codes[:, -3:, None]) / 4                                        # (B,3,1)
+            half = 2.0 ** (0.75 * codes[:, :3, None]) / 4                                        # (B,3,1)
             inside = (torch.arange(64) + 0.5 - 32).abs() / 64 < half                     # (B,3,64)
             x, y, z = inside.unbind(1)
             box = z[:, :, None, None] & y[:, None, :, None] & x[:, None, None]
@@ -351,7 +351,7 @@ def test_recombined_volumes_have_the_usual_diagonal():
 
     model = Boxes()
     codes = stage.recombined(model, 20, torch.Generator().manual_seed(0), knobs())
-    assert codes[:, -3:].std() > 0.3
+    assert codes[:, :3].std() > 0.3
     assert (stage.diagonals(model, codes) / (3 ** 0.5 / 2) - 1).abs().max() < 0.06       # a voxel is 3 %
 
 
@@ -395,10 +395,11 @@ def test_parts_of_samples_are_exchanged(diffused, tmp_path, no_pages):
     assert torch.equal(ask(), codes)
     shaped = ask(shape_of="7", colours_of=names[1])
     other = stage.sample(denoiser, [7])[0]
-    assert torch.equal(shaped[:, :8], other[:8].expand(3, -1)) and torch.equal(shaped[1, -3:], other[-3:])
-    assert torch.equal(shaped[:, 8:-3], model.colours[1].expand(3, -1))
+    assert torch.equal(shaped[:, :-9], other[:-9].expand(3, -1))
+    assert torch.equal(shaped[:, -9:], model.palettes[1].expand(3, -1))
     taller = ask(stretch=(1.0, 1.0, 1.2)) - codes
-    assert (taller[:, :-1] == 0).all() and (taller[:, -1] - math.log(1.2) / 0.14).abs().max() < 1e-5
+    assert (taller[:, :2] == 0).all() and (taller[:, 3:] == 0).all()
+    assert (taller[:, 2] - math.log(1.2) / 0.14).abs().max() < 1e-5
     told(lambda: ask(shape_of="train_0"), "train_0", "no training object and no seed", names[0])
     told(lambda: sample.main(["--stretch", "1", "1.2"]), "--stretch", "three")
     told(lambda: sample.main(["--stretch", "1", "1", "9"]), "--stretch", "1.4")

@@ -765,9 +765,8 @@ def test_the_colours_row_has_one_shape_and_each_objects_colours(trained, diffuse
     code = diffusion.sample(denoiser, [5], 4)[0]
     said, whose, latents = viewer.palette(model, names, "", denoiser, (5, 9), steps=4)
     assert said == "seed 5" and whose == [0, 1, 2]
-    wide = model.shapes.shape[1]
     for o, latent in zip(whose, latents):
-        mixed = torch.cat([code[:wide], model.colours[o], code[-3:]])
+        mixed = torch.cat([code[:-9], model.palettes[o]])
         assert torch.allclose(diffusion.latents_of(model, mixed[None])[0], latent, atol=1e-5)
     said, _, latents = viewer.palette(model, names, names[1], None, None)          # of a reconstruction
     assert said == names[1]

@@ -15,7 +15,7 @@ from shapes import moving
 from shapes.packed import read_photos
 from volume_render import camera_rays, render
 
-SMALL = dict(channels=(4,), latent_channels=2, shape_width=16, colour_width=16)
+SMALL = dict(channels=(4,), latent_channels=11, shape_width=16)
 
 # ---- hash codes ----
 
@@ -31,12 +31,12 @@ def test_a_code_is_put_together_from_pieces_where_the_hash_says():
         for p in range(8):
             entry = (i * model.a[p].item() + model.b[p].item()) % 2 ** 32 * model.entries >> 32
             assert torch.equal(code[b, 2 * p:2 * p + 2], model.shapes[p * model.entries + entry])
-    assert model.codes.shape == (512, 16 + 16 + 3) and model.shapes.numel() == 512 * 16 / 4
+    assert model.codes.shape == (512, 16 + 9 + 3) and model.shapes.numel() == 512 * 16 / 4
 
 
 def test_only_the_pieces_of_a_steps_objects_get_a_gradient():
     model = hashed()
-    model.code(torch.tensor([3]), torch.tensor([3]), torch.zeros(1, 3)).sum().backward()
+    model.code(torch.zeros(1, 3), torch.tensor([3]), torch.zeros(1, 9)).sum().backward()
     assert model.shapes.grad.is_sparse and model.shapes.grad._nnz() == 8
     assert torch.equal(model.shapes.grad._indices()[0], model.places(torch.tensor([3]))[0])
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from autodecoder import GAIN
+from autodecoder import GAIN, PALETTE
 from common import save_text, to_bytes
 from diffusion import latents_of, nearest, noise_of, sample
 from shapes.photos import kinds_of
@@ -131,10 +131,9 @@ def palette(model, names, label, denoiser, pair, count=8, **how):
     # The next one is always the one whose colours are the furthest from all that are chosen
     whose = [0]
     while len(whose) < min(count, len(names)):
-        whose.append(torch.cdist(model.colours, model.colours[whose]).amin(1).argmax().item())
-    # A code is shape, colours and three stretches, in this order
+        whose.append(torch.cdist(model.palettes, model.palettes[whose]).amin(1).argmax().item())
     whose, codes = sorted(whose), code.repeat(len(whose), 1)
-    codes[:, model.shapes.shape[1]:-3] = model.colours[whose]
+    codes[:, -PALETTE:] = model.palettes[whose]                                # a code ends with its palette
     return said, whose, latents_of(model, codes)
 
 
