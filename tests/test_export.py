@@ -381,6 +381,7 @@ def test_every_control_changes_the_picture(chromium, page):
     before = opened(chromium, page, "steps=16")
     changed = lambda: (picture(chromium) - before).abs().mean().item() > 1e-3
     for selector, across in {"#density": 0.1, "#steps": 0.9, "#clip": 0.5, "#modes button:nth-child(2)": 0.5,
+                             "#wide": 0.9, "#deep": 0.1, "#high": 0.9,
                              "#modes button:nth-child(4)": 0.5, "#strip button:nth-child(2)": 0.5,
                              "#sets button:nth-child(2)": 0.5}.items():
         chromium.run(BEGIN)
@@ -394,6 +395,34 @@ def test_every_control_changes_the_picture(chromium, page):
     upper, lower = seen.chunk(2)                                               # the upper half is cut away
     assert chromium.run("state.clip") == 0.5 and (upper[:-2] == 1).all() and (lower < 1).any()
     assert not chromium.errors
+
+
+@needs_chromium
+def test_objects_are_painted_and_stretched(chromium, page):
+    """In the picture and in the saved mesh alike; `reset` takes both back"""
+    before = opened(chromium, page, "steps=64&azimuth=270&elevation=0&distance=2")
+    mesh = lambda: {key: torch.tensor(value) for key, value in chromium.run("meshOf(shown())").items()
+                    if key != "faces"}
+    solid = lambda seen: (seen < 0.9).any(-1)
+    plain = mesh()
+    chromium.run("set({colour: 0xc03020, high: 1.3})")
+    seen, made = picture(chromium), mesh()
+    tall = [solid(some).any(1).sum().item() for some in (before, seen)]
+    assert abs(tall[1] / tall[0] - 1.3) < 0.06
+    wide = [solid(some).any(0).sum().item() for some in (before, seen)]
+    assert abs(wide[1] / wide[0] - 1) < 0.04
+    wanted = torch.tensor([0xc0, 0x30, 0x20]) / 255
+    own = torch.tensor(chromium.run("mean(shown())"))
+    assert (own - wanted).abs().max() > 0.1
+    assert chromium.run("$('colour').value") == "#c03020"
+    assert torch.allclose(made["vertices"], plain["vertices"] * torch.tensor([1, 1, 1.3]), atol=1e-5)
+    added = made["colours"] - plain["colours"]
+    inside = ((plain["colours"] + wanted - own - 0.5).abs() < 0.4).all(1)
+    assert inside.any() and (added - (wanted - own))[inside].abs().max() < 0.15
+    longer = plain["normals"] / torch.tensor([1, 1, 1.3])
+    assert torch.allclose(made["normals"], longer / longer.norm(dim=1, keepdim=True), atol=1e-5)
+    chromium.run("$('reset').click()")
+    assert (picture(chromium) - opened(chromium, page)).abs().mean() < 1e-3 and not chromium.errors
 
 
 @needs_chromium
@@ -530,13 +559,14 @@ def test_each_slider_has_its_words(chromium, page):
     opened(chromium, page, "steps=16")
     labels = "[...document.querySelectorAll('label')]"
     words = dict(chromium.run(f"{labels}.map(e => [e.textContent, e.control.id])"))
-    assert words == {"Density": "density", "Steps along a ray": "steps", "Cut away": "clip"}
+    assert words == {"Density": "density", "Steps along a ray": "steps", "Cut away": "clip", "Width": "wide",
+                     "Depth": "deep", "Height": "high", "Paint": "colour"}
     assert not chromium.run("document.querySelectorAll('label button').length")
     chromium.call("Accessibility.enable")
     nodes = chromium.call("Accessibility.getFullAXTree")["nodes"]
     role = lambda node: node.get("role", {}).get("value")
     sliders = [node["name"]["value"] for node in nodes if role(node) == "slider"]
-    assert sliders == list(words)
+    assert sliders == list(words)[:-1]
     chromium.call("Accessibility.disable")
     chromium.run("set({axis: 2})")
     click(chromium, "label[for=clip]")
