@@ -29,6 +29,7 @@ run  python sample.py                                 half a minute on two cores
      python sample.py --count 64 --seed 1000 --views 0
      python sample.py --shape_of 3 --out samples/one_shape       seed 3's shape in eight colours
      python sample.py --colours_of train_00005 --stretch 1 1 1.2 --out samples/taller
+     python sample.py --colours_of "#c03020" --out samples/red
 read Config, novelty, exchanged, main; then load_models, contact_sheet.
 """
 # First, because it makes Ctrl-C one line, also while torch loads
@@ -67,7 +68,7 @@ class Config:
     sampler: str = ""                    # heun or ancestral; "": heun for an edm training, else ancestral
     steps: int = 0                       # noise levels to visit; 0: the usual number; 1: a mean object only
     shape_of: str = ""                   # a training object's name or a seed, whose shape all samples get
-    colours_of: str = ""                 # a training object's name or a seed, whose colours all samples get
+    colours_of: str = ""                 # whose colours all samples get; or their mean, as "#c03020"
     stretch: tuple = (1.0, 1.0, 1.0)     # factors along x, y and z, as 1 1 1.2: taller (from 0.7 to 1.4)
     views: int = 24                      # pictures of each sample, on a turn around it; 0: none
     size: int = 128                      # pixels along a side of those views (from 1 to 4096)
@@ -115,8 +116,10 @@ def load_models(config, device):
 
 def exchanged(codes, model, names, denoiser, config):
     """The samples' codes (B,W), with the shape, the colours or the stretch that the user asks for"""
-    # A code is stretches, shape and palette, in this order.  A shape takes its stretches along
-    if config.colours_of:
+    # A code is stretches, shape and palette, which begins with its mean.  A shape takes its stretches along
+    if re.fullmatch("#[0-9a-fA-F]{6}", config.colours_of):
+        codes[:, -PALETTE:][:, :3] = codes.new_tensor([*bytes.fromhex(config.colours_of[1:])]) / 255
+    elif config.colours_of:
         codes[:, -PALETTE:] = code_of(config.colours_of, model, names, denoiser, config)[-PALETTE:]
     if config.shape_of:
         codes[:, :-PALETTE] = code_of(config.shape_of, model, names, denoiser, config)[:-PALETTE]

@@ -397,6 +397,10 @@ def test_parts_of_samples_are_exchanged(diffused, tmp_path, no_pages):
     other = stage.sample(denoiser, [7])[0]
     assert torch.equal(shaped[:, :-9], other[:-9].expand(3, -1))
     assert torch.equal(shaped[:, -9:], model.palettes[1].expand(3, -1))
+    red = ask(colours_of="#FF3300")
+    assert torch.equal(red[:, :-9], codes[:, :-9]) and torch.equal(red[:, -6:], codes[:, -6:])
+    assert torch.allclose(red[:, -9:-6], torch.tensor([1, 0.2, 0]).expand(3, -1))
+    told(lambda: ask(colours_of="#12345g"), "#12345g", "no training object and no seed")
     taller = ask(stretch=(1.0, 1.0, 1.2)) - codes
     assert (taller[:, :2] == 0).all() and (taller[:, 3:] == 0).all()
     assert (taller[:, 2] - math.log(1.2) / 0.14).abs().max() < 1e-5
