@@ -11,8 +11,8 @@ diffuses what lies between them:
 
 A code is 3 stretches along x, y and z, 128 numbers for the shape, and 9 for the palette.  Only the shape is
 learned.  The palette is measured in the photos: the mean m of an object's colours, and the root R of their
-covariance.  The decoder gives each voxel a pattern w, and its colour is m + R w: any shape can be shown in any
-palette.  Stage 1 also trains with photos that nobody took: of objects in others' palettes (all light is
+covariance (R R).  The decoder gives each voxel three numbers w, the pattern, and its colour is m + R w: any
+shape can be shown in any palette.  Stage 1 also trains with photos that nobody took: of objects in others' palettes (all light is
 ambient, equal from everywhere, so a photo holds the materials' colours alone), and wider or taller.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
@@ -95,8 +95,8 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 # ------------------------------------------------------------------------------------------------ the decoder
 GAIN = 10.0                        # density = softplus(GAIN * channel): a surface must fit between two voxels
 BORN = -0.2                        # the density channel at first: thin fog, which any seed can shape
-GREY = 0.5, 0.5, 0.5, 0.25, 0, 0, 0.25, 0, 0.25     # a palette, as long as none is measured: see palette_code
-PALETTE = len(GREY)
+GREY = 0.5, 0.5, 0.5, 0.25, 0, 0, 0.25, 0, 0.25    # a palette until one is measured: mean, R's upper triangle
+PALETTE, PAINT = len(GREY), 10.0   # palettes stand in latents times PAINT: distances then see colours too
 
 class Block(nn.Module):
     """Two 3^3 convolutions, each after a norm and a nonlinearity, around a skip."""
@@ -151,8 +151,8 @@ class Autodecoder(nn.Module):
         return self.code(self.shapes.new_zeros(len(every), 3), every, self.palettes)
 
     def to_latent(self, codes):
-        """G1: (B,W) -> (B,C,r,r,r).  The palette stands in each voxel: stage 2 must know nothing else"""
-        r, palettes = self.config.latent_resolution, codes[:, -PALETTE:, None, None, None]
+        """G1: (B,W) -> (B,C,r,r,r).  Each voxel repeats the palette, so that a latent alone says all"""
+        r, palettes = self.config.latent_resolution, PAINT * codes[:, -PALETTE:, None, None, None]
         x = self.spread(codes[:, :-PALETTE]).view(len(codes), -1, 4, 4, 4)
         return torch.cat([self.g1(packed(resize(x, r))).float(), palettes.expand(-1, -1, r, r, r)], 1)
 
@@ -163,7 +163,7 @@ class Autodecoder(nn.Module):
             x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
         x = unfold_children(self.leave(x), self.leave[-1].out_channels // 8).float()
         # The pattern in the palette's colours, m + R w: as logits, because `field` ends with a sigmoid
-        m, R = mean_and_root(latent[:, -PALETTE:].float().mean((2, 3, 4), keepdim=True))
+        m, R = mean_and_root(latent[:, -PALETTE:].float().mean((2, 3, 4), keepdim=True) / PAINT)
         colour = m + (R * x[:, None, 1:4]).sum(2)
         return torch.cat([x[:, :1], torch.logit(colour, 0.01), x[:, 4:]], 1)
 
@@ -364,8 +364,8 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     if config.recolour and not photos.has_masks:
         print(f"{config.data} has no masks, which say what to paint: no object is shown in other colours")
         config.recolour = 0.0
-    palettes, extents = first_then_others(lambda: photos.measured(train_views))
-    model.palettes.copy_(palettes := palette_code(*palettes))
+    colours, extents = first_then_others(lambda: photos.measured(train_views))
+    model.palettes.copy_(palettes := palette_code(*colours))
     shown = torch.linspace(0, len(photos.names) - 1, min(len(photos.names), 8)).long().tolist()
 
     with run:
@@ -445,7 +445,7 @@ def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     deviation = model.codes.std(0) + 1e-6
     deviation[:3] = 0.5 * (model.config.stretched > 0)      # training drew them around 0, or not at all
     start = model.codes.mean(0).repeat(len(photos.names), 1)
-    start[:, -PALETTE:] = palette_code(*photos.measured(views)[0])                         # seen, not guessed
+    start[:, -PALETTE:] = palette_code(*photos.colours(views))                             # seen, not guessed
     return torch.cat([descend(model, model.volumes_of, start[some], deviation, photos, views, some, steps,
                               rate, decay, seed) for some in torch.arange(len(start)).split(8)])
 

@@ -139,7 +139,7 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     model, cameras = Autodecoder(config, N).to(device), Cameras(N, V)
-    model.palettes.copy_(palette_code(*photos.measured(torch.tensor(views))[0]))      # these need no camera
+    model.palettes.copy_(palette_code(*photos.colours(torch.tensor(views))))      # these need no camera
     decoder = [p for name, p in model.named_parameters() if name != "shapes"]
     optimizers = (torch.optim.Adam(decoder, betas=BETAS),
                   torch.optim.SparseAdam([model.shapes], betas=BETAS),
@@ -183,7 +183,7 @@ def main(argv=None):
             loss, photo, alpha = reconstruction_loss(model, model.volumes_of(code), batch, config, place,
                                                      step >= config.dense_steps, photos.has_masks)
             learning = optimizers[:2] if config.start == "true" else optimizers
-            improve(run, step, loss + config.code_decay * code.square().mean(), *learning)
+            improve(run, step, loss + config.code_decay * code[:, 3:-9].square().mean(), *learning)
             step += 1
 
             # From all sides: does another camera explain a photo better?

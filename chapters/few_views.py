@@ -12,7 +12,7 @@ level:
     noise      its latent gets noise again, less than before
 
 At high noise the guess decides, at the end the photos.  Another seed gives another answer: --count 4 draws
-four.  At last the latent itself moves a little: it has 12,800 numbers and a code 140, so it can show more.
+four.  At last the latent itself moves a little: it has 8,192 numbers beside the palette, a code has 131.
 
 Two things help with few photos.  Earphones are symmetric, so a mirrored camera would have taken the same
 photo: one more for free (--mirror; only a boom is on one side).  And a camera that is not known (--photo) is
@@ -39,7 +39,7 @@ from common import (UserError, command, grid, parse_config, pick_device, save_pi
                     save_text, to_bytes)
 from diffusion import heun_sample, latents_of, noise_of
 from sample import load_models
-from shapes.packed import Photos, palette, read_photos
+from shapes.packed import Photos, read_photos
 from viewer.page import write_gallery
 from volume_render import ANGLES, cameras, mean_of, psnr, render_views, render_volumes, score_views
 
@@ -85,11 +85,12 @@ def given_photos(photos, views, config):
 
 def freed(model, latent, photos, views, objects, config, seed):
     """The latents (B,...), moved away from their codes a little: they can show what no code can"""
-    # A latent has 12,800 numbers, so it would fit a single photo too well and spoil what that photo does not
-    # show.  Each photo says something of its own, so more of them need less pull
+    # A latent has 8,192 numbers, so it would fit a single photo too well and spoil what that photo does not
+    # show.  More photos need less pull.  A channel counts in its deviation over the voxels: the palette stays
     pull = config.latent_pull / (len(views) / (1 + config.mirror))
-    return descend(model, decoder_of(model), latent, latent.std(), photos, views, objects, 6 * config.steps,
-                   0.05, pull, seed)
+    unit = latent.std((2, 3, 4), keepdim=True, correction=0)
+    return descend(model, decoder_of(model), latent, unit, photos, views, objects, 6 * config.steps, 0.05,
+                   pull, seed)
 
 
 def posterior(model, denoiser, photos, views, objects, config, seed):
@@ -100,8 +101,7 @@ def posterior(model, denoiser, photos, views, objects, config, seed):
         model, decode, start, unit, photos, views, objects, steps, rate, pull, seed * 1000 + k)
     places = torch.linspace(1, 0, config.levels).to(denoiser.levels)
     x = draw() * (denoiser.sigma_at(places[0]) ** 2 + denoiser.deviation ** 2).sqrt()
-    seen = [palette(photos.rgb[o, views], photos.mask[o, views]) for o in objects]
-    seen = palette_code(*map(torch.stack, zip(*seen))).to(x)
+    seen = palette_code(*photos.colours(views, objects)).to(x)
     for k, place in enumerate(places):
         # Three of Heun's steps from here to almost no noise: one guess alone would be a mean of many objects
         sigmas = denoiser.sigma_at(place * torch.tensor([1, 0.6, 0.3, 0.0]).to(places))

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from autodecoder import PALETTE, palette_code
 from common import (DISTANCE, UserError, camera_to_world_at, command, intrinsics_at, parse_config,
-                    pick_device, save_text)
+                    pick_device, save_text, to_bytes)
 from sample import load_models
-from shapes.packed import read_photos
+from shapes.packed import palette, read_photos
 from volume_render import cameras, occupancy, pixel_rays, psnr, render, render_volumes
 
 
@@ -92,6 +93,8 @@ def find_camera(model, denoiser, rgb, mask, around, steps=100, most=8):
             break
     n, device = len(rgb), model.shapes.device
     K, code = intrinsics_at(n).float().to(device), model.codes[whose[chosen]]
+    mean, covariance = palette(to_bytes(rgb), to_bytes(mask))
+    code[:, -PALETTE:] = palette_code(mean[None], covariance[None]).to(device)
     start = torch.cat([angles[chosen], (DISTANCE * sizes[chosen] / size).log()[:, None],
                        (middle - middles[chosen])], 1).to(device)                            # (B,5)
     move = torch.zeros_like(start, requires_grad=True)

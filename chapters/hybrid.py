@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import autodecoder
 from autodecoder import BORN, GAIN, PALETTE, Autodecoder
-from common import command
+from common import UserError, command
 
 
 @dataclass
@@ -107,6 +107,8 @@ class HybridDecoder(Autodecoder):
         copies = 3 if config.planes else 1
         block = lambda width: Block(width, Conv, config.coordinates)
 
+        if config.grid_latent and config.recolour:
+            raise UserError("--grid_latent learns an object's own colours: --recolour 0 is wanted with it")
         # A code is spread over 4^dims places; a latent grid has 8 numbers in each place of its resolution
         self.start = (config.latent_resolution if config.grid_latent else 4,) * dims
         shape = copies * 8 * self.start[0] ** dims if config.grid_latent else config.shape_width

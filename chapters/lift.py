@@ -198,8 +198,9 @@ def main(argv=None):
         views = torch.arange(given)
         ways = {"lifted": lifted(network, unseen, views, to_latents, device)}
         began, first = time.time(), ways["lifted"][0]
-        moved = torch.cat([descend(model, decoder_of(model), first[which], first.std(), unseen, views, which,
-                                   100, 0.05, 3e-3, config.seed) for which in torch.arange(N).split(8)])
+        unit = first.std((0, 2, 3, 4), keepdim=True)                                   # one for each channel
+        moved = torch.cat([descend(model, decoder_of(model), first[which], unit, unseen, views, which, 100,
+                                   0.05, 3e-3, config.seed) for which in torch.arange(N).split(8)])
         ways["lifted, then 100 steps"] = moved, ways["lifted"][1] + (time.time() - began) / N
         if config.fit_steps:
             began = time.time()

@@ -143,7 +143,7 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     model = Moving(config, N, frames).to(device)
-    model.palettes.copy_(autodecoder.palette_code(*photos.measured(train)[0]))
+    model.palettes.copy_(autodecoder.palette_code(*photos.colours(train)))
     named = dict(model.named_parameters())
     codes, poses = [named.pop("shapes")], [named.pop("poses"), named.pop("pivot")]
     groups = [(list(named.values()), config.decoder_lr), (codes, config.code_lr), (poses, config.pose_lr)]
@@ -169,7 +169,7 @@ def main(argv=None):
                                           step < config.dense_steps)
             photo, jump, far = (seen - rgb).square().mean(), *steadiness(model.poses[o])
             loss = photo + config.mask_weight * (alpha - mask).square().mean()
-            loss = loss + config.steady * jump + config.rest * far + config.code_decay * code.square().mean()
+            loss = loss + config.steady * jump + config.rest * far + config.code_decay * code[:, 3:-9].square().mean()
             improve(run, step, loss, optimizer)
             step += 1
             if step % config.preview_every == 0 or step == config.steps:

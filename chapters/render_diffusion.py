@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 
 import autodecoder
-from autodecoder import (BETAS, Autodecoder, draw_batch, fast_precision, jitter, learning_rate_share,
+from autodecoder import (BETAS, GREY, PAINT, PALETTE, Autodecoder, draw_batch, fast_precision, jitter, learning_rate_share,
                          palette_code, photos_nobody_took, plot_log, reconstruction_loss)
 from chapters.families import AsVolumes, follow, improve, record, resume, write_volumes
 from chapters.lift import Lift
@@ -91,6 +91,8 @@ class Pictures(nn.Module):
         self.lift = Lift(config, self.config.latent_channels, self.config.latent_resolution, seen=4)
         # Stage 1's second half, G2, with fresh weights
         self.decoder = Autodecoder(self.config, 1)
+        with torch.no_grad():                      # a palette of zeros is black, and has no gradient there
+            self.lift.leave[-1].bias[-PALETTE:] = PAINT * torch.tensor(GREY)
 
     def forward(self, noised, poses, K, sigma):
         # The fourth channel says how much noise there is.  All numbers stay near 1
@@ -132,8 +134,8 @@ def main(argv=None):
     device = pick_device(config.device)
     photos = read_photos(config.data, config.size)
     train = photos.split(config.holdout_views, config.views)[0]
-    palettes, extents = photos.measured(train)
-    palettes = palette_code(*palettes)
+    colours, extents = photos.measured(train)
+    palettes = palette_code(*colours)
     run = Run(config.out, "render_diffusion", config, [f.name for f in fields(Config) if f.name not in FREE])
     torch.manual_seed(config.seed)
     network = Pictures(config).to(device)

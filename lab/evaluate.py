@@ -210,11 +210,11 @@ def rivals(model, denoiser, config, device):
     if config.controls:
         anybody = lambda: torch.randint(len(training), (count,), generator=generator).to(device)
         plain = torch.zeros(count, 3, device=device)                               # not stretched
-        halves = [gaussian(half, count, generator) for half in (model.shapes, model.palettes)]
+        parts = [gaussian(part, count, generator) for part in (model.shapes, model.palettes)]
         sets |= {"recombined codes": latents_of(model, recombined(model, count, generator, denoiser.config)),
                  "swapped colours": latents_of(model,
                                                model.code(plain, anybody(), model.palettes[anybody()])),
-                 "Gaussian of codes": latents_of(model, torch.cat([plain, *halves], 1)),
+                 "Gaussian of codes": latents_of(model, torch.cat([plain, *parts], 1)),
                  "Gaussian of latents": gaussian(training, count, generator),
                  "a copier": training[anybody()]}
     return sets | {"training objects": training}

@@ -57,6 +57,12 @@ class Photos:
         place = (self.near_start[o, view] + (u * count).long()).clamp(max=len(self.near) - 1)
         return self.near[place].long(), count > 0
 
+    def colours(self, views, objects=None):
+        """Of these objects (all), by these views: the mean (N,3) and covariance (N,3,3) of their colours"""
+        some = range(len(self.names)) if objects is None else objects
+        return [torch.stack(part) for part in zip(*(palette(self.rgb[o, views], self.mask[o, views])
+                                                    for o in some))]
+
     def measured(self, views):
         """Of each object, by these views: the mean (N,3) and covariance (N,3,3) of its colours, and the sides
         (N,3) of its bounding box.  With many objects this takes minutes, so it is kept beside the file"""
@@ -96,8 +102,7 @@ def pixels_near(mask):
 
 def palette(rgb, mask):
     """rgb (V,H,W,3), mask (V,H,W) -> mean (3,) and covariance (3,3) of an object's colours"""
-    colours = rgb[mask == 255].float() / 255
-    colours = colours if len(colours) else torch.ones(1, 3)                        # nothing to be seen
+    colours = rgb[mask == mask.max()].float() / 255              # (of an object that is not seen: all, white)
     # A little variance in all directions: an object of one colour must not be divided by zero
     apart = colours - colours.mean(0)
     return colours.mean(0), apart.T @ apart / len(apart) + 1e-3 * torch.eye(3)

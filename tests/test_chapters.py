@@ -138,13 +138,15 @@ def test_a_mirrored_photo_is_a_photo_of_the_mirrored_object(axis, data):
 
 def test_a_single_photo_holds_the_latent_back_as_its_mirror_image_does_not_count(trained, data, monkeypatch):
     model, _ = load_autodecoder(trained)
-    photos, pulls = read_photos(data / "earphones_test", 32, 2), []
-    monkeypatch.setattr(few_views, "descend", lambda *what: pulls.append(what[9]))
+    photos, pulls, units = read_photos(data / "earphones_test", 32, 2), [], []
+    monkeypatch.setattr(few_views, "descend", lambda *what: (units.append(what[3]), pulls.append(what[9])))
+    latents = diffusion.latents_of(model, model.codes[:2])
     for views, mirror in ((1, True), (1, False), (2, True), (4, False)):
         config = few_views.Config(mirror=mirror)
         both = few_views.given_photos(photos, torch.arange(views), config)
-        few_views.freed(model, torch.randn(2, 3), *both, torch.arange(2), config, 0)
+        few_views.freed(model, latents, *both, torch.arange(2), config, 0)
     assert pulls == pytest.approx([0.03, 0.03, 0.015, 0.0075])
+    assert (units[0][:, -9:] == 0).all() and (units[0][:, :-9] > 0).all()               # the palette stays
 
 
 def test_fits_and_answers_begin_in_the_photos_palette(denoised, data, monkeypatch):

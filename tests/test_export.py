@@ -421,7 +421,9 @@ def test_objects_are_painted_and_stretched(chromium, page):
     assert inside.any() and (added - (wanted - own))[inside].abs().max() < 0.15
     longer = plain["normals"] / torch.tensor([1, 1, 1.3])
     assert torch.allclose(made["normals"], longer / longer.norm(dim=1, keepdim=True), atol=1e-5)
-    chromium.run("$('reset').click()")
+    chromium.run("$('own').click()")
+    assert (picture(chromium) - before).abs().mean() < 1e-3
+    chromium.run("set({colour: 0, wide: 1.2}); $('reset').click()")
     assert (picture(chromium) - opened(chromium, page)).abs().mean() < 1e-3 and not chromium.errors
 
 
