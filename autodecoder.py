@@ -11,9 +11,9 @@ diffuses what lies between them:
 
 A code is 3 stretches along x, y and z, 128 numbers for the shape, and 9 for the palette.  Only the shape is
 learned.  The palette is measured in the photos: the mean m of an object's colours, and the root R of their
-covariance (R R).  The decoder gives each voxel three numbers w, the pattern, and its colour is m + R w: any
-shape can be shown in any palette.  Stage 1 also trains with photos that nobody took: of objects in others' palettes (all light is
-ambient, equal from everywhere, so a photo holds the materials' colours alone), and wider or taller.
+covariance (R R).  The decoder gives each voxel three numbers w, its pattern, and the colour is m + R w: any
+shape can have any palette.  Stage 1 also trains with photos that nobody took: of objects in others' palettes
+(all light is equal from everywhere, so a photo holds the materials' colours alone), and wider or taller.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png

@@ -169,7 +169,8 @@ def main(argv=None):
                                           step < config.dense_steps)
             photo, jump, far = (seen - rgb).square().mean(), *steadiness(model.poses[o])
             loss = photo + config.mask_weight * (alpha - mask).square().mean()
-            loss = loss + config.steady * jump + config.rest * far + config.code_decay * code[:, 3:-9].square().mean()
+            loss = loss + config.steady * jump + config.rest * far
+            loss = loss + config.code_decay * code[:, 3:-9].square().mean()
             improve(run, step, loss, optimizer)
             step += 1
             if step % config.preview_every == 0 or step == config.steps:

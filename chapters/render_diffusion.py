@@ -31,8 +31,8 @@ import torch
 import torch.nn as nn
 
 import autodecoder
-from autodecoder import (BETAS, GREY, PAINT, PALETTE, Autodecoder, draw_batch, fast_precision, jitter, learning_rate_share,
-                         palette_code, photos_nobody_took, plot_log, reconstruction_loss)
+from autodecoder import (BETAS, GREY, PAINT, PALETTE, Autodecoder, draw_batch, fast_precision, jitter,
+                         learning_rate_share, palette_code, photos_nobody_took, plot_log, reconstruction_loss)
 from chapters.families import AsVolumes, follow, improve, record, resume, write_volumes
 from chapters.lift import Lift
 from common import Run, command, intrinsics_at, parse_config, pick_device, save_preview, to_bytes
