@@ -27,7 +27,7 @@ from common import (Run, UserError, command, fill, fill_optimizer, judge, load_s
 
 import copy
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from autodecoder import BETAS, CLIP, fingerprint, learning_rate_share, load_autodecoder, plot_log
+from autodecoder import BETAS, CLIP, PALETTE, fingerprint, learning_rate_share, load_autodecoder, plot_log
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
 @dataclass
@@ -79,8 +79,7 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 class RobustNorm(nn.Module):
     """(latent - centre - median) / (0.7413 x inter-quartile range), per channel  (Ntavelis et al. 2023, 3.4)
 
-    Latents are bell-shaped with long tails, which would inflate a standard deviation; 0.7413 times the inter-
-    quartile range ignores them.  The centre is ours: the mean object, which is most of every latent."""
+    Long tails would inflate a standard deviation.  The centre, the mean object, is most of every latent."""
     def __init__(self, shape):
         super().__init__()
         self.register_buffer("centre", torch.zeros(shape))
@@ -106,6 +105,16 @@ def principal(rows, count):
     rows = rows.double()
     longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count); P < D, so P x P is less
     return torch.linalg.qr(rows.T @ longest)[0].T.float()                                  # each of length 1
+
+class Network(nn.Module):
+    """Two MLPs, because nine numbers of a palette would be learned late among hundreds of others"""
+    def __init__(self, seen, told, said, config):
+        super().__init__()
+        self.shape = MLP(seen + told, said - PALETTE, config)
+        self.palette = MLP(PALETTE + told, PALETTE, replace(config, width=max(config.width // 4, 1)))
+
+    def forward(self, x, palette, level, *told):
+        return torch.cat([self.shape(x, level, *told), self.palette(palette, level, *told)], 1)
 
 class MLP(nn.Module):
     """The paper's network: noised numbers and an embedding of the noise level in, numbers out."""
@@ -134,15 +143,16 @@ def level_embedding(level, half):
 
 class Denoiser(nn.Module):
     """D(x, sigma), and what it must know: how latents are normalised, their principal components and the
-    deviation in each, the codes' mean and deviation, two matrices between both spaces, the noise levels."""
+    deviation in each, the codes' mean and deviation, matrices between both spaces, the noise levels."""
     def __init__(self, config, model):
         super().__init__()
         shape = (model.config.latent_channels, *[model.config.latent_resolution] * 3)
         K, W = min(config.components, math.prod(shape)), model.codes.shape[1]
         self.config, self.model = config, (model,)           # in a tuple: its weights are not this module's
-        self.norm, self.network = RobustNorm(shape), MLP(K, W, config)
+        self.norm, self.network = RobustNorm(shape), Network(K, 0, W, config)
         for name, size in dict(basis=(K, math.prod(shape)), deviation=(K,), to_code=(K, W), from_code=(W, K),
-                               code_mean=(W,), code_deviation=(W,), levels=(LEVELS,)).items():
+                               to_palette=(K, PALETTE), code_mean=(W,), code_deviation=(W,),
+                               levels=(LEVELS,)).items():
             self.register_buffer(name, torch.ones(size))
 
     def fit(self, codes, own, generator):
@@ -158,14 +168,15 @@ class Denoiser(nn.Module):
         z = rows @ self.basis.T                                                              # (P,K)
         self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
 
-        # Two least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss:
-        # it explains 97 % of the variance of G1's latents, in a thousandth of the time
+        # Least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss: it
+        # explains 97 % of the variance of G1's latents, in a thousandth of the time
         self.code_mean.copy_(codes.mean(0))
         self.code_deviation.copy_(codes.std(0, correction=0) + 1e-6)
         plain = (codes - self.code_mean) / self.code_deviation
         fit = lambda a, b: torch.linalg.lstsq(a.cpu(), b.cpu(), rcond=1e-4, driver="gelsd").solution
         self.to_code.copy_(fit(z, plain))
         self.from_code.copy_(fit(plain, z))
+        self.to_palette.copy_(torch.linalg.pinv(self.from_code[-PALETTE:]))
 
         # The levels depend on how far apart the objects are
         least = self.config.low * self.norm.normalize(latents).square().mean().sqrt().item()
@@ -174,8 +185,7 @@ class Denoiser(nn.Module):
         return z, sigma, entropy
 
     def examples(self, codes):
-        """What is noised in training, of these codes (P,W) -> (P,K)"""
-        return self.to_components(latents_of(self.model[0], codes))
+        return self.to_components(latents_of(self.model[0], codes))            # what is noised in training
 
     def to_components(self, latents):
         return self.norm.normalize(latents).flatten(1) @ self.basis.T                        # (B,K)
@@ -186,24 +196,23 @@ class Denoiser(nn.Module):
 
     def guess(self, x, sigma, *told):
         """x = z + sigma n (B,K), sigma (B,1) -> the code that it can have come from (B,W)"""
-        # The components that noise has not drowned give a linear guess.  The network learns the rest.  Its
-        # input has unit variance at every sigma, and its output counts in the codes' own deviations
-        total = (sigma ** 2 + self.deviation ** 2).sqrt()
-        linear = (self.deviation ** 2 / total ** 2 * x) @ self.to_code
-        learned = self.network(x / total, sigma.flatten().log() / 4, *told)
-        return self.code_mean + self.code_deviation * (linear + learned)
+        # The components that noise has not drowned give a linear guess, and the network learns the rest.  It
+        # sees these components, each in its own deviation: the drowned ones are nearly 0 there
+        clean = self.deviation ** 2 / (sigma ** 2 + self.deviation ** 2) * x
+        # It also sees the palette in x: its own deviation is 1, and its noise is sigma times a column's length
+        palette = x @ self.to_palette / (1 + (sigma * self.to_palette.norm(dim=0)) ** 2).sqrt()
+        learned = self.network(clean / self.deviation, palette, sigma.flatten().log() / 4, *told)
+        return self.code_mean + self.code_deviation * (clean @ self.to_code + learned)
 
     def told(self, item, generator):
-        """What else the network is told of these codes (B,): nothing.  See chapters/prompt.py"""
-        return ()
+        return ()                                  # what else the network is told: see chapters/prompt.py
 
     def error(self, guess, codes, z):
         """D - z (B,K), nearly: from codes (B,W) by the matrix, not by G1.  (z is for chapters/unet.py)"""
         return (guess - codes) / self.code_deviation @ self.from_code
 
     def denoise(self, x, sigma):
-        """x = z + sigma n (B,K), sigma (B,1) -> D(x, sigma), the latent that it can have come from (B,K)"""
-        return self.to_components(self.latents(self.guess(x, sigma)))
+        return self.to_components(self.latents(self.guess(x, sigma)))                        # D(x, sigma)
 
     def latents(self, codes):
         return latents_of(self.model[0], codes)
@@ -226,8 +235,8 @@ def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=
 LEVELS = 1000                      # DDPM's number of time steps: here the length of the table of levels
 
 def posterior_entropy(points, sigmas, generator, draws=2048):
-    """points (N,K) -> for each sigma, a perfect denoiser's doubt which point it sees: the entropy of
-    p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2), from 0 to 1 (all N are alike), the mean over `draws` noised x"""
+    """points (N,K) -> for each sigma, a perfect denoiser's doubt which point it sees: the mean entropy, from 0
+    to 1, of p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2)"""
     points = points.double().cpu()
     truth = points[torch.arange(draws) % len(points)]
     noise, result = torch.randn(truth.shape, generator=generator, dtype=torch.float64), []
@@ -239,13 +248,13 @@ def posterior_entropy(points, sigmas, generator, draws=2048):
 
 def choose_levels(points, least, generator):
     """points (N,K) -> levels (LEVELS,), ascending, to train and sample at; to plot, sigmas and entropies"""
-    # From almost no noise to four times the points' deviation in the direction where they differ most
+    # To four times the points' deviation in the direction where they differ most
     widest = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))
     sigma = torch.linspace(math.log(least), math.log(4 * widest), 32, dtype=torch.float64).exp()
     entropy = posterior_entropy(points, sigma, generator)
 
-    # Half of the levels go where the entropy rises, because there a sample becomes this object or that one.
-    # The other half is spread evenly over log sigma, because all the noise must be removed in the end
+    # Half of the levels go where the entropy rises: there a sample becomes this object or that one.  The other
+    # half is spread evenly over log sigma, because all the noise must be removed in the end
     rise = entropy.diff().clamp(min=0)
     share = rise / rise.sum().clamp(min=1e-9) + 1 / len(rise)                      # of levels between sigmas
     cdf = F.pad((share / share.sum()).cumsum(0), (1, 0))                           # (32,) from 0 to 1
@@ -367,8 +376,7 @@ def diagonals(model, codes):
 
 def nearest(latents, training, itself=False):
     """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
-    exact = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(latents.flatten(1), training.flatten(1), compute_mode=exact)
+    distance = torch.cdist(latents.flatten(1), training.flatten(1), 2, "donot_use_mm_for_euclid_dist")
     return (distance.fill_diagonal_(math.inf) if itself else distance).sort(1)   # itself: each to the others
 
 # ------------------------------------------------------------------------------------------------------ main

@@ -49,6 +49,7 @@ class CodeDenoiser(Denoiser):
         self.code_deviation.copy_(codes.std(0, correction=0) + 1e-6)
         self.to_code.copy_(torch.eye(len(self.code_mean)))
         self.from_code.copy_(torch.eye(len(self.code_mean)))
+        self.to_palette.copy_(self.to_code[:, -self.to_palette.shape[1]:])
         z = self.examples(codes)
         points = self.to_components(own)
         levels, sigma, entropy = diffusion.choose_levels(points, self.config.low, generator)

@@ -39,7 +39,7 @@ import diffusion
 from autodecoder import PALETTE, load_autodecoder
 from chapters.families import with_box
 from common import UserError, command, grid, load_newest, parse_config, pick_device, save_picture, to_bytes
-from diffusion import MLP, Denoiser, draw_parents, latents_of, load_denoiser
+from diffusion import Denoiser, Network, draw_parents, latents_of, load_denoiser
 from shapes.captions import MEANINGS, WORDS, caption, understood, words_of
 from shapes.photos import factors_of
 from viewer.page import write_gallery
@@ -98,7 +98,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, config, model, width):
         super().__init__(config, model)
         self.asked, self.guidance = torch.zeros(1, width, device="cpu"), config.guidance
-        self.network = MLP(len(self.deviation) + width, self.code_mean.numel(), config)
+        self.network = Network(len(self.deviation), width, self.code_mean.numel(), config)
 
     def fit(self, codes, own, generator):
         # The parents of the recombined codes: the same draw once more, by the same seed
