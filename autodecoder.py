@@ -17,8 +17,8 @@ shape can have any palette.  Stage 1 also trains with photos that nobody took: o
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
-run  python autodecoder.py                                       72 objects: 31.61 dB (row A11)
-     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one object: 31.47 dB
+run  python autodecoder.py                                       72 objects: 31.62 dB (row A14)
+     python autodecoder.py --objects 1 --steps 1000 --out runs/one   one object: 31.42 dB
 read Config, Autodecoder, draw_batch, photos_nobody_took, reconstruction_loss, Muon, main; fit_codes.
 """
 # First, because it makes Ctrl-C one line, also while torch loads

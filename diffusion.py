@@ -17,14 +17,13 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
-run  python diffusion.py                        no copies, none of the samples in pieces (rows D21, V10)
+run  python diffusion.py                        no copies, none of the samples in pieces (rows D23, V11)
      python diffusion.py --mix 0 --out runs/copies    nothing recombined: nearer to the 72 (row D16)
-read Config, RobustNorm, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
+read Config, RobustNorm, Network, MLP, Denoiser, denoising_loss, the two samplers, recombined, main.
 """
 # First, because it makes Ctrl-C one line, also while torch loads
 from common import (Run, UserError, command, fill, fill_optimizer, judge, load_stage, my_share, parse_config,
                     pick_device, save_figure, save_preview, saved_config, to_bytes, together)
-
 import copy
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -86,8 +85,7 @@ class RobustNorm(nn.Module):
         self.register_buffer("shift", torch.zeros(shape[0], 1, 1, 1))
         self.register_buffer("scale", torch.ones(shape[0], 1, 1, 1))
 
-    def fit(self, latents):
-        """latents (N,C,r,r,r)"""
+    def fit(self, latents):                                                                    # (N,C,r,r,r)
         self.centre.copy_(latents.mean(0))
         values = (latents - self.centre).transpose(0, 1).flatten(1).sort(1).values             # (C,N r^3)
         at = lambda share: values[:, round(share * (values.shape[1] - 1)), None, None, None]
@@ -126,8 +124,8 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList([layer(width) for _ in range(config.layers)])
         self.leave = layer(said)
         # The last layer starts at zero.  The network then outputs 0, and the guess is the linear one alone
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
+        for weights in self.leave[-1].parameters():
+            nn.init.zeros_(weights)
 
     def forward(self, x, level, *told):
         """x (B,K), level (B,) = log(sigma) / 4 as in EDM, and what a chapter adds -> (B,W)"""
@@ -161,8 +159,7 @@ class Denoiser(nn.Module):
         latents = latents_of(self.model[0], own)
         self.norm.fit(latents)
         rows = self.norm.normalize(latents_of(self.model[0], codes)).flatten(1)              # (P,D)
-        # (3,000 latents know these directions; an eigendecomposition of more takes long)
-        self.basis.copy_(principal(rows[:3000], len(self.basis)))
+        self.basis.copy_(principal(rows[:3000], len(self.basis)))              # (that of more takes long)
 
         # EDM's sigma_data is one number, 0.5.  Ours is measured in each component: the first vary the most
         z = rows @ self.basis.T                                                              # (P,K)
@@ -191,15 +188,14 @@ class Denoiser(nn.Module):
         return self.norm.normalize(latents).flatten(1) @ self.basis.T                        # (B,K)
 
     def sigma_at(self, u):
-        """Places in [0, 1] -> noise levels sigma, of the table"""
-        return self.levels[(u * (LEVELS - 1)).round().long()]
+        return self.levels[(u * (LEVELS - 1)).round().long()]              # places in [0, 1] -> noise levels
 
     def guess(self, x, sigma, *told):
         """x = z + sigma n (B,K), sigma (B,1) -> the code that it can have come from (B,W)"""
         # The components that noise has not drowned give a linear guess, and the network learns the rest.  It
         # sees these components, each in its own deviation: the drowned ones are nearly 0 there
         clean = self.deviation ** 2 / (sigma ** 2 + self.deviation ** 2) * x
-        # It also sees the palette in x: its own deviation is 1, and its noise is sigma times a column's length
+        # It also sees the palette in x, whose own deviation is 1, and whose noise is sigma times a length
         palette = x @ self.to_palette / (1 + (sigma * self.to_palette.norm(dim=0)) ** 2).sqrt()
         learned = self.network(clean / self.deviation, palette, sigma.flatten().log() / 4, *told)
         return self.code_mean + self.code_deviation * (clean @ self.to_code + learned)
@@ -235,8 +231,8 @@ def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=
 LEVELS = 1000                      # DDPM's number of time steps: here the length of the table of levels
 
 def posterior_entropy(points, sigmas, generator, draws=2048):
-    """points (N,K) -> for each sigma, a perfect denoiser's doubt which point it sees: the mean entropy, from 0
-    to 1, of p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2)"""
+    """points (N,K) -> for each sigma, a perfect denoiser's doubt which point it sees: the mean entropy,
+    from 0 to 1, of p(i | x) ~ exp(-|x - z_i|^2 / 2 sigma^2)"""
     points = points.double().cpu()
     truth = points[torch.arange(draws) % len(points)]
     noise, result = torch.randn(truth.shape, generator=generator, dtype=torch.float64), []
@@ -248,22 +244,19 @@ def posterior_entropy(points, sigmas, generator, draws=2048):
 
 def choose_levels(points, least, generator):
     """points (N,K) -> levels (LEVELS,), ascending, to train and sample at; to plot, sigmas and entropies"""
-    # To four times the points' deviation in the direction where they differ most
-    widest = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))
+    widest = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))    # their deviation
     sigma = torch.linspace(math.log(least), math.log(4 * widest), 32, dtype=torch.float64).exp()
     entropy = posterior_entropy(points, sigma, generator)
 
-    # Half of the levels go where the entropy rises: there a sample becomes this object or that one.  The other
-    # half is spread evenly over log sigma, because all the noise must be removed in the end
+    # Half of the levels go where the entropy rises: there a sample becomes this object or that one.  The rest
+    # is spread evenly over log sigma, because all the noise must be removed in the end
     rise = entropy.diff().clamp(min=0)
     share = rise / rise.sum().clamp(min=1e-9) + 1 / len(rise)                      # of levels between sigmas
     cdf = F.pad((share / share.sum()).cumsum(0), (1, 0))                           # (32,) from 0 to 1
     # Invert it: at which sigma is 0, 1/999, 2/999, ... of the cumulative share reached?
-    levels = np.exp(np.interp(np.linspace(0, 1, LEVELS), cdf, sigma.log()))
-    return torch.from_numpy(levels), sigma, entropy
+    return torch.from_numpy(np.exp(np.interp(np.linspace(0, 1, LEVELS), cdf, sigma.log()))), sigma, entropy
 
 def plot_levels(denoiser, sigma, entropy, path):
-    """How unsure a perfect denoiser is at each level, and where we therefore train and sample"""
     count, edges = torch.histogram(denoiser.levels.cpu().log(), 40)
     axis = Figure(figsize=(7, 3.6), layout="constrained").subplots()
     axis.plot(sigma, entropy)
@@ -293,7 +286,7 @@ def ancestral_sample(denoiser, x, sigmas, draw):
     """DDPM's (Ho et al., algorithm 2) -> x at the next level, step by step"""
     for now, after in zip(sigmas, sigmas[1:]):
         clean = denoiser.denoise(x, now.expand(len(x), 1))
-        # If z = clean, x at the next level has this mean and deviation, given x at this one (equations 6, 7)
+        # If z = clean, x at the next level has this mean and deviation (equations 6, 7)
         kept = (after / now) ** 2
         x = clean + kept * (x - clean) + after * (1 - kept).sqrt() * draw()
         yield x
@@ -310,8 +303,7 @@ def heun_sample(denoiser, x, sigmas, draw):
 
 SAMPLERS = {"heun": (heun_sample, 18), "ancestral": (ancestral_sample, LEVELS)}      # and their usual steps
 
-def noise_of(seed):
-    """A function that draws a sample's noise, from a generator of its own"""
+def noise_of(seed):                            # a function that draws a sample's noise, by its own generator
     generator = torch.Generator().manual_seed(int(seed))
     return lambda shape: torch.randn(shape, generator=generator)
 

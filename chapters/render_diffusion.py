@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 
 import autodecoder
-from autodecoder import (BETAS, GREY, PAINT, PALETTE, Autodecoder, draw_batch, fast_precision, jitter,
+from autodecoder import (BETAS, GREY, PALETTE, Autodecoder, draw_batch, fast_precision, jitter,
                          learning_rate_share, palette_code, photos_nobody_took, plot_log, reconstruction_loss)
 from chapters.families import AsVolumes, follow, improve, record, resume, write_volumes
 from chapters.lift import Lift
@@ -92,7 +92,7 @@ class Pictures(nn.Module):
         # Stage 1's second half, G2, with fresh weights
         self.decoder = Autodecoder(self.config, 1)
         with torch.no_grad():                      # a palette of zeros is black, and has no gradient there
-            self.lift.leave[-1].bias[-PALETTE:] = PAINT * torch.tensor(GREY)
+            self.lift.leave[-1].bias[-PALETTE:] = autodecoder.PAINT * torch.tensor(GREY)
 
     def forward(self, noised, poses, K, sigma):
         # The fourth channel says how much noise there is.  All numbers stay near 1

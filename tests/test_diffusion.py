@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import autodecoder
@@ -49,17 +50,17 @@ def no_pages(monkeypatch):
 
 class Linear:
     """A stand-in for stage 1 whose G1 is linear: its codes are a bell, so its latents are one too, in a few
-    of thousands of dimensions"""
+    of thousands of dimensions.  All have the same palette"""
 
     def __init__(self, count, rank=6, shape=(16, 8, 8, 8)):
         g = torch.Generator().manual_seed(0)
         ways = torch.linalg.qr(torch.randn(math.prod(shape), rank, generator=g))[0].T
         self.ways, self.shape = ways * torch.linspace(40, 10, rank)[:, None], shape
-        self.codes = torch.randn(count, rank, generator=g)
+        self.codes = torch.cat([torch.randn(count, rank, generator=g), torch.zeros(count, 9)], 1)
         self.config = SimpleNamespace(latent_channels=shape[0], latent_resolution=shape[1])
 
     def to_latent(self, codes):
-        return (codes @ self.ways + 0.3).view(-1, *self.shape)
+        return (codes[:, :-9] @ self.ways + 0.3).view(-1, *self.shape)
 
 
 def fitted(model, steps, seed=0, **options):
@@ -234,7 +235,7 @@ def test_a_bell_is_sampled_with_its_variance(formulation):
     model = Linear(300)
     denoiser = fitted(model, 0, formulation=formulation)         # (the linear guess is a bell's best one)
     codes = stage.sample(denoiser, range(200), 18 if formulation == "edm" else 200)
-    ratio = codes.std(0) / model.codes.std(0)
+    ratio = (codes.std(0) / model.codes.std(0))[:-9]
     assert 0.75 < ratio.min() and ratio.max() < 1.25, ratio
     assert sample.outside_span(denoiser.latents(codes), model.to_latent(model.codes)).max() < 0.01
 
@@ -258,13 +259,34 @@ def test_the_linear_guess_is_the_best_one_of_a_bell():
 def test_a_denoiser_learns_what_is_no_bell():
     """Codes of -1 and 1: at a noise of 0.2 the linear guess has an error of 0.04, the best one of nearly 0"""
     model, errors = Linear(64, rank=1), []
-    model.codes = 2 * (torch.arange(64.0)[:, None] % 2) - 1
+    model.codes = F.pad(2 * (torch.arange(64.0)[:, None] % 2) - 1, (0, 9))
     for steps in (0, 1000):
         denoiser = fitted(model, steps, components=1, embedding=8)
         z, sigma = denoiser.to_components(model.to_latent(model.codes)), 0.2 * denoiser.deviation
         x = z + sigma * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
         errors.append((denoiser.denoise(x, sigma.expand(64, 1)) - z).square().mean())
     assert errors[1] < errors[0] / 15
+
+
+def test_the_network_sees_what_noise_has_not_drowned_and_the_palette(trained):
+    """Its inputs at sigma: each component's linear guess in its own deviation; the palette in the components,
+    of variance 1 together with the noise that it has there"""
+    model, _ = autodecoder.load_autodecoder(trained)
+    codes = torch.cat([model.codes, stage.recombined(model, 300, torch.Generator().manual_seed(0), knobs())])
+    codes[:, -9:] += 0.1 * torch.randn(codes[:, -9:].shape, generator=torch.Generator().manual_seed(1))
+    denoiser, seen = stage.Denoiser(knobs(components=60), model), []
+    z = denoiser.fit(codes, model.codes, torch.Generator().manual_seed(0))[0]
+    denoiser.network.forward = lambda *what: seen.append(what) or torch.zeros(len(what[0]), codes.shape[1])
+    plain = ((codes - denoiser.code_mean) / denoiser.code_deviation)[:, -9:]
+    for sigma in (1e-3, 5.0):
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+        denoiser.guess(z + sigma * noise, torch.full((len(z), 1), sigma))
+    (x, palette, level), (far, noised, _) = seen
+    assert torch.allclose(x, z / denoiser.deviation, atol=0.1) and (level == math.log(1e-3) / 4).all()
+    assert (palette - plain).square().mean() < 0.1
+    kept = denoiser.deviation ** 2 / (denoiser.deviation ** 2 + 25)
+    assert torch.allclose(far, kept * (z + 5 * noise) / denoiser.deviation, rtol=1e-3, atol=1e-4)
+    assert (noised.var(0) - 1).abs().max() < 0.25 and (noised - plain).abs().mean() > 0.02
 
 
 # ---- the denoisers ----
@@ -279,12 +301,13 @@ def test_denoisers(options, shape):
     torch.nn.init.normal_(denoiser.basis)
     assert sum(p.numel() for p in denoiser.network.parameters()) < 5e6
     x = denoiser.to_components(torch.randn(2, *shape))
-    assert denoiser.network(x, torch.zeros(2)).abs().max() == 0             # begins as the linear guess
+    palette = torch.randn(2, 9)
+    assert denoiser.network(x, palette, torch.zeros(2)).abs().max() == 0    # begins as the linear guess
     for p in denoiser.network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    a = denoiser.network(x, torch.tensor([0.0, 0.0]))
-    b = denoiser.network(x, torch.tensor([0.0, 1.0]))
-    assert a.shape == (2, 6)
+    a = denoiser.network(x, palette, torch.tensor([0.0, 0.0]))
+    b = denoiser.network(x, palette, torch.tensor([0.0, 1.0]))
+    assert a.shape == (2, 15)
     assert torch.allclose(a[0], b[0], atol=1e-5)
     assert (a[1] - b[1]).abs().max() > 1e-4                                      # level is used
     a.sum().backward()
@@ -369,7 +392,7 @@ def test_training_writes_and_samples(diffused, trained, tmp_path, capsys):
         assert (diffused / name).exists(), name
     row = json.loads((diffused / "log.jsonl").read_text().splitlines()[-1])
     assert {"loss", "low", "middle", "high"} <= set(row)
-    assert stage.load_denoiser(diffused)[2].network.leave[-1].weight.abs().max() > 0       # it has learnt
+    assert stage.load_denoiser(diffused)[2].network.shape.leave[-1].weight.abs().max() > 0       # it has learnt
     sample.main(["--diffusion", str(diffused), "--count", "3", "--views", "2", "--size", "32",
                  "--out", str(tmp_path / "s")])
     said = capsys.readouterr().out

@@ -109,7 +109,8 @@ def test_training_stopped_and_continued_is_the_same(asked_once, trained, tmp_pat
 
 def test_guidance_follows_its_equation(asked_once):
     denoiser = load(asked_once[0])
-    torch.nn.init.normal_(denoiser.network.leave[-1].weight, std=0.1)
+    for part in (denoiser.network.shape, denoiser.network.palette):
+        torch.nn.init.normal_(part.leave[-1].weight, std=0.1)
     x, sigma = torch.randn(3, len(denoiser.deviation)), torch.full((3, 1), 2.0)
     denoiser.asked = said = denoiser.say(["navy buds"])
     plain, told = (diffusion.Denoiser.guess(denoiser, x, sigma, one.expand(3, -1))
