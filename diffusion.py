@@ -11,7 +11,7 @@ latent, and G2 makes an object of that.  Four choices are made on this page:
                   makes the latent.  So whatever is guessed is a code's latent, and few specks remain
     recombine     A perfect denoiser of 72 latents returns those 72.  So ours learns from recombined codes:
                   the shape of neighbours, the colours of another object, a little wider or taller
-    levels        Up to sigma = 12 a perfect denoiser still recognises the object.  The choice between objects
+    levels        Up to sigma = 15 a perfect denoiser still recognises the object.  The choice between objects
                   happens at larger sigma, so we place many training levels there.  See levels.png
     components    A latent has 12,800 numbers, but latents vary in some 200 directions: it sees those alone
 
