@@ -161,11 +161,11 @@ def test_weights_that_make_what_is_not_finite_are_one_sentence(which, denoiser, 
 def test_a_stretch_that_nothing_has_learned_is_refused(trained):
     config = SimpleNamespace(shape_of="", colours_of="", stretch=(1.0, 1.0, 1.2))
     model = SimpleNamespace(shapes=torch.zeros(2, 3), config=SimpleNamespace(stretched=0.5, stretch=0.5))
-    codes = sample.exchanged(torch.zeros(1, 9), model, [], None, config)
-    assert codes[0, :-1].eq(0).all() and codes[0, -1] == pytest.approx(2 * math.log(1.2))
+    codes = sample.exchanged(torch.zeros(1, 15), model, [], None, config)
+    assert codes[0, [0, 1, *range(3, 15)]].eq(0).all() and codes[0, 2] == pytest.approx(2 * math.log(1.2))
     model.config.stretched = 0.0
     with pytest.raises(UserError, match="trained without stretched objects"):
-        sample.exchanged(torch.zeros(1, 9), model, [], None, config)
+        sample.exchanged(torch.zeros(1, 15), model, [], None, config)
 
 
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
