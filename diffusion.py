@@ -166,7 +166,7 @@ class Denoiser(nn.Module):
         self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
 
         # Least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss: it
-        # explains 97 % of the variance of G1's latents, in a thousandth of the time
+        # explains 96 % of the variance of G1's latents, in a thousandth of the time
         self.code_mean.copy_(codes.mean(0))
         self.code_deviation.copy_(codes.std(0, correction=0) + 1e-6)
         plain = (codes - self.code_mean) / self.code_deviation

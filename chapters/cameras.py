@@ -33,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import autodecoder
-from autodecoder import (BETAS, FREE, Autodecoder, draw_batch, jitter, learning_rate_share, palette_code,
-                         reconstruction_loss)
+from autodecoder import (BETAS, FREE, PALETTE, Autodecoder, draw_batch, jitter, learning_rate_share,
+                         palette_code, reconstruction_loss)
 from chapters.families import improve, record, resume
 from chapters.poses import (SIDE, all_sides, angles_of, bootstrap, degrees_off, draw, measure, noisy, pose_of,
                             small)
@@ -183,7 +183,7 @@ def main(argv=None):
             loss, photo, alpha = reconstruction_loss(model, model.volumes_of(code), batch, config, place,
                                                      step >= config.dense_steps, photos.has_masks)
             learning = optimizers[:2] if config.start == "true" else optimizers
-            improve(run, step, loss + config.code_decay * code[:, 3:-9].square().mean(), *learning)
+            improve(run, step, loss + config.code_decay * code[:, 3:-PALETTE].square().mean(), *learning)
             step += 1
 
             # From all sides: does another camera explain a photo better?

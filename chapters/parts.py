@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import autodecoder
-from autodecoder import FREE, jitter, learning_rate_share
+from autodecoder import FREE, PALETTE, jitter, learning_rate_share, palette_code
 from chapters.families import AsVolumes, improve, record, resume
 from chapters.linkage import Moving, posed, render_parts, share_of_parts, whole_frame
 from common import (Run, UserError, command, grid, parse_config, pick_device, save_picture, save_preview,
@@ -143,7 +143,7 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     model = Moving(config, N, frames).to(device)
-    model.palettes.copy_(autodecoder.palette_code(*photos.colours(train)))
+    model.palettes.copy_(palette_code(*photos.colours(train)))
     named = dict(model.named_parameters())
     codes, poses = [named.pop("shapes")], [named.pop("poses"), named.pop("pivot")]
     groups = [(list(named.values()), config.decoder_lr), (codes, config.code_lr), (poses, config.pose_lr)]
@@ -170,7 +170,7 @@ def main(argv=None):
             photo, jump, far = (seen - rgb).square().mean(), *steadiness(model.poses[o])
             loss = photo + config.mask_weight * (alpha - mask).square().mean()
             loss = loss + config.steady * jump + config.rest * far
-            loss = loss + config.code_decay * code[:, 3:-9].square().mean()
+            loss = loss + config.code_decay * code[:, 3:-PALETTE].square().mean()
             improve(run, step, loss, optimizer)
             step += 1
             if step % config.preview_every == 0 or step == config.steps:
