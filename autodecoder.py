@@ -10,10 +10,11 @@ diffuses what lies between them:
     code e (140) --G1--> latent volume (25 x 8^3) --G2--> volume (4 x 32^3) --render--> photo
 
 A code is 3 stretches along x, y and z, 128 numbers for the shape, and 9 for the palette.  Only the shape is
-learned.  The palette is measured in the photos: the mean m of an object's colours, and the root R of their
-covariance (R R).  The decoder gives each voxel three numbers w, its pattern, and the colour is m + R w: any
-shape can have any palette.  Stage 1 also trains with photos that nobody took: of objects in others' palettes
-(all light is equal from everywhere, so a photo holds the materials' colours alone), and wider or taller.
+learned.  The palette is measured in the photos: the mean m of an object's colours, and the symmetric root R
+of their covariance (which is R R).  The decoder gives each voxel three numbers w, its pattern, and the colour
+is m + R w: any shape can have any palette.  Stage 1 also trains with photos that nobody took: objects in
+others' palettes (all light is equal from everywhere, so a photo holds the materials' colours alone), and
+wider or taller ones.
 
 in   data/earphones_train/       photos and cameras; made by stage 0 first, if they are not there
 out  runs/autodecoder/           last.pt, log.jsonl, previews/, table.txt, curve.png, figure1.png
@@ -53,7 +54,7 @@ class Config:
     shape_width: int = 128               # numbers in a code that say the shape (at least 1)
     latent_resolution: int = 8           # voxels along a side of the latent volume (at least 1)
     latent_channels: int = 25            # numbers in a latent voxel; the last 9 are the palette (at least 10)
-    channels: tuple = (64, 32)           # widths of G2's levels; a second one doubles the side (at least 1)
+    channels: tuple = (64, 32)           # G2's levels; each after the first doubles the side (at least 1)
     # rendering
     samples: int = 48                    # bins along a ray (at least 2)
     dense_steps: int = 200               # steps before empty space is skipped: shapes must be born first
@@ -68,10 +69,10 @@ class Config:
     rays: int = 8192                     # rays in a step, shared by its objects (at least 64)
     foreground: float = 0.5              # share of the rays drawn near the object (from 0 to 1)
     decoder_lr: float = 8e-3             # the decoder's learning rate, at its highest
-    code_lr: float = 1e-2                # the codes' learning rate, at its highest; 3e-2 for thousands
+    code_lr: float = 1e-2                # the codes' learning rate, at its highest; thousands: 3e-2
     lr_floor: float = 0.03               # of both at the end, as a share of the highest (from 0 to 1)
     mask_weight: float = 0.1             # weight of the opacity's squared error
-    code_decay: float = 1e-4             # weight of the codes' mean square: keeps them near each other
+    code_decay: float = 1e-4             # weight of the shapes' mean square: keeps codes near each other
     precision: str = "auto"              # auto | bf16 | float32: of the convolutions; auto asks the hardware
     seed: int = 0                        # of the weights, the codes and the batches
     device: str = "auto"                 # auto, cpu or cuda
@@ -133,8 +134,7 @@ class Autodecoder(nn.Module):
         self.leave = nn.Sequential(nn.GroupNorm(1, widths[-1]), nn.SiLU(),
                                    nn.Conv3d(widths[-1], 4 * 8, 3, padding=1))
         # A volume that is born empty has no gradient: the paper's notebook "might have to run multiple times"
-        with torch.no_grad():
-            self.leave[-1].bias[:8].fill_(BORN)
+        nn.init.constant_(self.leave[-1].bias[:8], BORN)           # the density of a voxel's eight children
 
     def code(self, stretch, s, palettes):
         """Log stretches (B,3), shapes of objects s (B,), palettes (B,9) -> codes (B,W)"""
@@ -162,9 +162,11 @@ class Autodecoder(nn.Module):
         for k, level in enumerate(self.levels):
             x = level(x if k == 0 else packed(resize(self.narrow[k - 1](x), 2 * x.shape[-1])))
         x = unfold_children(self.leave(x), self.leave[-1].out_channels // 8).float()
-        # The pattern in the palette's colours, m + R w: as logits, because `field` ends with a sigmoid
+        # The pattern in the palette's colours, m + R w: as logits, because `field` ends with a sigmoid.  In a
+        # latent that is not from G1 voxels may disagree about the palette, so their mean counts
         m, R = mean_and_root(latent[:, -PALETTE:].float().mean((2, 3, 4), keepdim=True) / PAINT)
         colour = m + (R * x[:, None, 1:4]).sum(2)
+        # logit(0) and logit(1) are infinite, so colours end at 0.01 and 0.99.  A chapter adds channels
         return torch.cat([x[:, :1], torch.logit(colour, 0.01), x[:, 4:]], 1)
 
     def field(self, channels, position):
@@ -184,17 +186,15 @@ def resize(x, size):
 
 def palette_code(mean, covariance):
     """Mean (N,3) and covariance (N,3,3) of objects' colours -> palettes (N,9)"""
+    # The root of a symmetric matrix has its eigenvectors, and the roots of its eigenvalues
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors @ torch.diag_embed(values.clamp(min=1e-12) ** 0.5) @ vectors.mT
     row, column = torch.triu_indices(3, 3)                     # of a symmetric matrix six numbers are enough
-    return torch.cat([mean, power(covariance, 0.5)[:, row, column]], 1)
+    return torch.cat([mean, root[:, row, column]], 1)
 
 def mean_and_root(palettes):
-    """palettes (B,9,...) -> m (B,3,...) and R (B,3,3,...)"""
+    """palettes (B,9,...) -> m (B,3,...) and R (B,3,3,...): its lower triangle mirrors the upper one"""
     return palettes[:, :3], palettes[:, [3, 4, 5, 4, 6, 7, 5, 7, 8]].unflatten(1, (3, 3))
-
-def power(matrix, exponent):
-    """matrix ** exponent, for symmetric positive matrices (...,n,n)"""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag_embed(values.clamp(min=1e-12) ** exponent) @ vectors.mT
 
 def unfold_children(x, width):
     """(B,8C,n,n,n) -> (B,C,2n,2n,2n): eight numbers of a voxel become the 2^3 voxels in its place"""
@@ -205,6 +205,7 @@ def unfold_children(x, width):
 def fast_precision(config, device):
     """A context in which convolutions run in bf16 (16-bit floats with float32's range) where the hardware
     has it: twice as fast.  Rendering and losses stay float32."""
+    # torch says this of a CPU only by a private name.  A torch without that name gets float32
     cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     known = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu()
     enabled = config.precision == "bf16" or config.precision == "auto" and known
@@ -228,12 +229,12 @@ def fingerprint(model):
 # -------------------------------------------------------------------------------------- a batch, and its loss
 def draw_batch(photos, config, views, generator, objects=None, pose=None):
     """-> objects (B,), origins and directions (B,R,3), their colours (B,R,3) and opacities (B,R)"""
-    if objects is None:         # a few, each decoded once and seen by many rays: decoding costs the most
+    if objects is None:         # few objects, many rays each: decoding a code to its volume costs the most
         objects = torch.randperm(len(photos.names), generator=generator)[:config.batch_objects]
     B, n, o, R = len(objects), photos.size, objects[:, None], max(config.rays // len(objects), 1)
     seen = torch.rand(B, len(views), generator=generator).argsort(1)[:, :config.batch_views]   # (B,V)
     view = views[seen.gather(1, torch.randint(seen.shape[1], (B, R), generator=generator))]    # (B,R)
-    # Most of a photo is white and teaches little, so a share of the rays is drawn near the object
+    # Most of a photo is white and teaches little, so the first rays go near the object, if the photo shows it
     u = torch.rand(B, R, generator=generator, dtype=torch.float64)
     near, exists = photos.pixel_near(o, view, u)
     anywhere = (torch.arange(R) >= int(config.foreground * R)) | ~exists
@@ -254,13 +255,12 @@ def photos_nobody_took(objects, batch, palettes, extents, config, left, generato
     # A photo is solid (m + R w) + (1 - solid) white.  Take the pattern w out, and put it into another palette
     (m, R), (other_m, other_R) = mean_and_root(palettes[objects]), mean_and_root(palettes[whose])
     solid = opacity[..., None]
-    pattern = (rgb - (1 - solid) - solid * m[:, None]) @ torch.linalg.inv(R)    # times solid (R is symmetric)
+    pattern = (rgb - (1 - solid) - solid * m[:, None]) @ torch.linalg.inv(R)    # solid w (R is symmetric)
     painted = pattern @ other_R + solid * other_m[:, None] + 1 - solid
     rgb = torch.where((whose == objects)[:, None, None], rgb, painted.clamp(0, 1))
     # A world that is stretched by the diagonal matrix D looks the same along stretched rays, (D o, D d).  The
     # three stretches are scaled together, so that the bounding box's diagonal stays 1, as all objects have it
-    stretch = config.stretch * (2 * torch.rand(B, 3, generator=generator) - 1)
-    extent = extents[objects]
+    stretch, extent = config.stretch * (2 * torch.rand(B, 3, generator=generator) - 1), extents[objects]
     longer = (stretch.exp() * extent).norm(dim=1, keepdim=True) / extent.norm(dim=1, keepdim=True)
     stretch = (stretch - longer.log()) * (torch.rand(B, 1, generator=generator) < left * config.stretched)
     D = stretch.exp()[:, None]                                                                  # (B,1,3)
@@ -272,14 +272,14 @@ def reconstruction_loss(model, volume, batch, config, place, skip_empty, has_mas
     occupied = occupancy(volume, model.field) if skip_empty else None
     rgb, alpha, _ = render(volume, origins, directions, config.samples, model.field, place, occupied)
     # paper: L1 and perceptual losses; here the squared error, which is PSNR's own
-    photo = (rgb - target).square().mean()
-    mask = (alpha - opacity).square().mean()
+    photo, mask = (rgb - target).square().mean(), (alpha - opacity).square().mean()
     loss = photo + (config.mask_weight * mask if has_masks else 0) + (more(rgb, target) if more else 0)
     return loss, photo, alpha.mean()
 
 def jitter(batch, samples, generator, device):
     """A random place in each bin of each ray (B,R,S), drawn on the device, as it is a batch's largest part"""
     if device.type != "cpu":
+        # A CPU generator cannot draw on a GPU, so one with the same seed is made there
         generator = torch.Generator(device).manual_seed(generator.initial_seed())
     return torch.rand(*batch[0].shape[:2], samples, generator=generator, device=device)
 
@@ -296,8 +296,7 @@ def plot_log(folder, ylabel, **labels):
     """log.jsonl -> curve.png: the numbers that labels name, where they were logged"""
     axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
     for key, label in labels.items():
-        points = [(row["step"], row[key]) for row in read_log(folder) if {"step", key} <= set(row)]
-        if points:
+        if points := [(row["step"], row[key]) for row in read_log(folder) if {"step", key} <= set(row)]:
             axis.plot(*zip(*points), lw=1, marker="o" if len(points) < 50 else "", ms=3, label=label)
     axis.set(xlabel="step", ylabel=ylabel)
     axis.legend()
@@ -314,13 +313,13 @@ class Muon(torch.optim.SGD):
     def step(self):
         for p in [p for p in self.param_groups[0]["params"] if p.grad is not None]:
             mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-            way = p.grad.lerp(mean, 0.95).flatten(1)             # Nesterov's momentum, as (out, in x 27)
+            way = p.grad.lerp(mean, 0.95).flatten(1)             # Nesterov's momentum, as a matrix
             way = way / (way.norm() + 1e-12)
             # Five rounds of 3.4 s - 4.8 s^3 + 2.0 s^5 bring each singular value s > 0.003 to 0.7 ... 1.2
             for _ in range(5):
                 gram = way @ way.T
                 way = 3.4445 * way + (2.0315 * gram @ gram - 4.775 * gram) @ way
-            # U V^T has entries of some 1 / sqrt(longer side), Adam's steps of some 0.2: one rate for both
+            # Entries of U V^T are near 1 / sqrt(longer side), and Adam's near 0.2: one rate serves both
             p -= self.param_groups[0]["lr"] * 0.2 * max(way.shape) ** 0.5 * way.view_as(p)
 
 def learning_rate_share(step, steps, floor):
@@ -347,6 +346,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     torch.manual_seed(config.seed)
     model = Decoder(config, len(photos.names)).to(device)
     decoder = [p for name, p in model.named_parameters() if name != "shapes"]
+    # Codes have sparse gradients, which Adam does not take.  Muon is for matrices, Adam for all the rest
     optimizers = (torch.optim.Adam([p for p in decoder if p.dim() < 4], betas=BETAS),
                   Muon([p for p in decoder if p.dim() >= 4]),                 # the convolutions' weights
                   torch.optim.SparseAdam([model.shapes], betas=BETAS))
@@ -371,9 +371,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     with run:
         while step < config.steps:
             # Schedule
-            rates = learning_rate_share(step, config.steps, config.lr_floor)
+            share = learning_rate_share(step, config.steps, config.lr_floor)
             for optimizer, rate in zip(optimizers, (config.decoder_lr, config.decoder_lr, config.code_lr)):
-                optimizer.param_groups[0]["lr"] = rate * rates
+                optimizer.param_groups[0]["lr"] = rate * share
 
             # Batch.  All that is random follows from (seed, step): resuming needs the step's number alone
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -385,6 +385,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
 
             # Loss: decode the codes, render the rays, compare.  Several processes share the objects
             code, mine = model.code(stretch.to(device), objects, painted.to(device)), my_share(len(objects))
+            # A process decodes only its share of these codes, so the hook averages their gradients over all
             code.register_hook(together)
             volume, batch = model.volumes_of(code[mine]), [part[mine].to(device) for part in batch]
             loss, photo, alpha = reconstruction_loss(model, volume, batch, config, place[mine],
@@ -405,7 +406,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
             # Log, preview, save
             if step % config.log_every == 0 or step == config.steps:
                 loss, photo, alpha = together(torch.stack([loss, photo, alpha]).detach()).tolist()
-                run.log(step, config.steps, loss=loss, alpha=alpha, lr=rates * config.decoder_lr,
+                run.log(step, config.steps, loss=loss, alpha=alpha, lr=share * config.decoder_lr,
                         training_psnr=-10 * math.log10(photo + 1e-10))
             if run.first_process and (step % config.preview_every == 0 or step == config.steps):
                 rows = score_views(model, model.codes[shown], photos, shown, test_views[:4])
@@ -425,8 +426,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     order = torch.randperm(len(photos.names), generator=torch.Generator().manual_seed(0))
     chosen = sorted(order[:256].tolist())
     rows = score_views(model, model.codes[chosen], photos, chosen, test_views)
-    text = table(rows, kinds_of(config.data, photos.names))
-    full = mean_of(rows, "ours")
+    text, full = table(rows, kinds_of(config.data, photos.names)), mean_of(rows, "ours")
     print(text, judge(config, FREE, f"held-out views {full:.2f} dB", full, 31.2, 32.0, "README.md"), sep="\n")
     save_text(run.folder / "table.txt", text + "\n")
     plot_log(run.folder, "PSNR (dB)", training_psnr="training rays", heldout="held-out views",
@@ -440,8 +440,8 @@ def fit_codes(model, photos, views, steps=400, rate=0.1, decay=1e-3, seed=0):
     frozen -> (N,W)"""
     if len(model.shapes) < 2:
         raise UserError("an autodecoder of one object knows no other: a new one cannot be fitted to photos")
-    # A code is counted in deviations of the training codes, from their mean and the photos' palette: a random
-    # start often ends badly.  The pull back to 0 decides whatever the given photos do not show
+    # The search moves in units of the training codes' deviations, from their mean and the photos' palette: a
+    # random start often ends badly.  The pull back to 0 decides whatever the given photos do not show
     deviation = model.codes.std(0) + 1e-6
     deviation[:3] = 0.5 * (model.config.stretched > 0)      # training drew them around 0, or not at all
     start = model.codes.mean(0).repeat(len(photos.names), 1)
@@ -458,7 +458,7 @@ def descend(model, decode, start, unit, photos, views, objects, steps, rate, pul
         optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         batch = [t.to(start.device) for t in draw_batch(photos, recipe, views, generator, objects)[1:]]
-        # The loss of training, but the decoder may not move
+        # Training's loss of photos and masks.  The optimizer has only the way, so the decoder cannot move
         volume, place = decode(start + unit * way), jitter(batch, recipe.samples, generator, start.device)
         loss = reconstruction_loss(model, volume, batch, recipe, place, True, photos.has_masks)[0]
         optimizer.zero_grad()

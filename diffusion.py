@@ -7,13 +7,13 @@ A denoiser D that can do this knows the way to the latents: (D(x, sigma) - x) / 
 direction in which noised latents become more likely (Tweedie's formula).  From pure noise we follow it to a
 latent, and G2 makes an object of that.  Four choices are made on this page:
 
-    guess         D(x, sigma) = G1(network(x, sigma)).  The network guesses a *code*, and stage 1's frozen G1
-                  makes the latent.  So whatever is guessed is a code's latent, and few specks remain
+    guess         D(x, sigma) = G1(guess(x, sigma)).  We guess a *code*, and stage 1's frozen G1 makes the
+                  latent: then few specks remain.  (In training a matrix stands in for G1)
     recombine     A perfect denoiser of 72 latents returns those 72.  So ours learns from recombined codes:
                   the shape of neighbours, the colours of another object, a little wider or taller
     levels        Up to sigma = 15 a perfect denoiser still recognises the object.  The choice between objects
                   happens at larger sigma, so we place many training levels there.  See levels.png
-    components    A latent has 12,800 numbers, but latents vary in some 200 directions: it sees those alone
+    components    A latent has 12,800 numbers and varies in some 200 directions: the network sees 240 alone
 
 in   runs/autodecoder/last.pt        stage 1's codes and decoder
 out  runs/diffusion/                 last.pt, log.jsonl, previews/, levels.png, curve.png
@@ -33,7 +33,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-
 from autodecoder import BETAS, CLIP, PALETTE, fingerprint, learning_rate_share, load_autodecoder, plot_log
 from volume_render import ANGLES, SIZE, bounding_box, cameras, render_views, voxel_opacity
 
@@ -54,7 +53,7 @@ class Config:
     layers: int = 3                      # hidden layers (from 0 to 100)
     embedding: int = 64                  # sines and cosines of the noise level (at least 2)
     # training
-    steps: int = 5000                    # gradient steps: more end nearer to what it learns from (at least 1)
+    steps: int = 5000                    # with more, samples end nearer to what it learns from (at least 1)
     batch: int = 256                     # latents in a step (at least 1)
     lr: float = 1e-3                     # learning rate, at its highest
     lr_floor: float = 0.01               # at the end, as a share of the highest (from 0 to 1)
@@ -77,8 +76,8 @@ FREE = ("out", "device", "log_every", "preview_every", "save_every", "fresh")   
 # -------------------------------------------------------------------------- what the network sees of a latent
 class RobustNorm(nn.Module):
     """(latent - centre - median) / (0.7413 x inter-quartile range), per channel  (Ntavelis et al. 2023, 3.4)
-
-    Long tails would inflate a standard deviation.  The centre, the mean object, is most of every latent."""
+    Long tails would inflate a standard deviation; a Gaussian's quartiles are 1 / 0.7413 of it apart.  The
+    centre, the mean object, is ours: it is most of every latent."""
     def __init__(self, shape):
         super().__init__()
         self.register_buffer("centre", torch.zeros(shape))
@@ -101,7 +100,7 @@ class RobustNorm(nn.Module):
 def principal(rows, count):
     """rows (P,D) -> (count,D): orthonormal, the directions in which the rows are longest"""
     rows = rows.double()
-    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count); P < D, so P x P is less
+    longest = torch.linalg.eigh(rows @ rows.T)[1][:, -count:].flip(1)     # (P,count); usually P < D, so P x P
     return torch.linalg.qr(rows.T @ longest)[0].T.float()                                  # each of length 1
 
 class Network(nn.Module):
@@ -154,27 +153,27 @@ class Denoiser(nn.Module):
             self.register_buffer(name, torch.ones(size))
 
     def fit(self, codes, own, generator):
-        """All but the network's weights, from the codes to learn from (P,W) and the objects' own (N,W)"""
+        """All but the network's weights, from the codes to learn from (P,W) and the objects' own (N,W) ->
+        components (P,K); and to plot, sigmas and entropies"""
         # Normalise by the objects alone; find the directions in which the latents to learn from vary most
         latents = latents_of(self.model[0], own)
         self.norm.fit(latents)
         rows = self.norm.normalize(latents_of(self.model[0], codes)).flatten(1)              # (P,D)
-        self.basis.copy_(principal(rows[:3000], len(self.basis)))              # (that of more takes long)
-
+        self.basis.copy_(principal(rows[:3000], len(self.basis)))              # (more rows would take long)
         # EDM's sigma_data is one number, 0.5.  Ours is measured in each component: the first vary the most
         z = rows @ self.basis.T                                                              # (P,K)
         self.deviation.copy_(z.square().mean(0).sqrt().clamp(min=1e-3))
-
         # Least-squares matrices: components to codes, and back.  The second stands in for G1 in the loss: it
         # explains 96 % of the variance of G1's latents, in a thousandth of the time
         self.code_mean.copy_(codes.mean(0))
         self.code_deviation.copy_(codes.std(0, correction=0) + 1e-6)
         plain = (codes - self.code_mean) / self.code_deviation
+        # gelsd leaves out directions in which the rows hardly vary.  torch has it on the CPU alone
         fit = lambda a, b: torch.linalg.lstsq(a.cpu(), b.cpu(), rcond=1e-4, driver="gelsd").solution
         self.to_code.copy_(fit(z, plain))
         self.from_code.copy_(fit(plain, z))
+        # The last nine rows turn a palette into components.  The pseudo-inverse reads it back from components
         self.to_palette.copy_(torch.linalg.pinv(self.from_code[-PALETTE:]))
-
         # The levels depend on how far apart the objects are
         least = self.config.low * self.norm.normalize(latents).square().mean().sqrt().item()
         levels, sigma, entropy = choose_levels(self.to_components(latents), least, generator)
@@ -192,8 +191,8 @@ class Denoiser(nn.Module):
 
     def guess(self, x, sigma, *told):
         """x = z + sigma n (B,K), sigma (B,1) -> the code that it can have come from (B,W)"""
-        # The components that noise has not drowned give a linear guess, and the network learns the rest.  It
-        # sees these components, each in its own deviation: the drowned ones are nearly 0 there
+        # Where noise is larger than a component's deviation, the component is shrunk towards 0.  What is left
+        # gives a linear guess.  The network sees it too, divided by the deviations, and learns the rest
         clean = self.deviation ** 2 / (sigma ** 2 + self.deviation ** 2) * x
         # It also sees the palette in x, whose own deviation is 1, and whose noise is sigma times a length
         palette = x @ self.to_palette / (1 + (sigma * self.to_palette.norm(dim=0)) ** 2).sqrt()
@@ -217,13 +216,12 @@ def load_denoiser(folder, device="cpu", autodecoder="", Config=Config, Denoiser=
     """A run -> the autodecoder that it was trained on (or a copy of it), its objects' names, the denoiser"""
     state = load_stage(folder, "stage 2's denoiser", "diffusion.py", "denoiser", "autodecoder")
     config = saved_config(Config, state, folder)
-    first = autodecoder or config.autodecoder
-    model, names = load_autodecoder(first, device)
+    model, names = load_autodecoder(first := autodecoder or config.autodecoder, device)
     # A latent means nothing to another decoder, so both halves must be of one training
     if fingerprint(model) != state["autodecoder"]:
         raise UserError(f"{folder} was trained on another autodecoder than {first} is now: train it again, "
                         f"by its script with --autodecoder {first} --out {folder} --fresh")
-    with torch.device("meta"):
+    with torch.device("meta"):                      # shapes alone: `fill` compares them first
         denoiser = Denoiser(config, model)
     return model, names, fill(denoiser, state["denoiser"], folder).to(device).eval().requires_grad_(False)
 
@@ -244,10 +242,10 @@ def posterior_entropy(points, sigmas, generator, draws=2048):
 
 def choose_levels(points, least, generator):
     """points (N,K) -> levels (LEVELS,), ascending, to train and sample at; to plot, sigmas and entropies"""
-    widest = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))    # their deviation
+    # At four times the largest deviation noise hides nearly everything: there sampling starts
+    widest = torch.linalg.matrix_norm(points.double(), 2).item() / math.sqrt(len(points))
     sigma = torch.linspace(math.log(least), math.log(4 * widest), 32, dtype=torch.float64).exp()
     entropy = posterior_entropy(points, sigma, generator)
-
     # Half of the levels go where the entropy rises: there a sample becomes this object or that one.  The rest
     # is spread evenly over log sigma, because all the noise must be removed in the end
     rise = entropy.diff().clamp(min=0)
@@ -276,11 +274,11 @@ def denoising_loss(denoiser, z, codes, noise, u, *told):
         DDPM     1 / sigma^2, from the error in n                     ancestral: noise at each step
         EDM      here 1 / (sigma^2 + a tenth of the variance of z):   Heun: noise only at first
                  theirs, 1 / sigma^2 + 1 / variance, gives the low levels more"""
-    # Components count by their deviation: alike, short ones drown shapes; by variance, they do not count
+    # Both count components by their deviation.  Alike, small ones would drown shapes; by variance, not count
     sigma, weight = denoiser.sigma_at(u)[:, None], denoiser.deviation / denoiser.deviation.mean()
     error = denoiser.error(denoiser.guess(z + sigma * noise, sigma, *told), codes, z)
-    least = 0 if denoiser.config.formulation == "ddpm" else 0.1 * denoiser.deviation ** 2
-    return (weight * error.square() / (sigma ** 2 + least)).mean(1)
+    floor = 0 if denoiser.config.formulation == "ddpm" else 0.1 * denoiser.deviation ** 2
+    return (weight * error.square() / (sigma ** 2 + floor)).mean(1)
 
 def ancestral_sample(denoiser, x, sigmas, draw):
     """DDPM's (Ho et al., algorithm 2) -> x at the next level, step by step"""
@@ -331,12 +329,12 @@ def latents_of(model, codes):
 def draw_parents(model, count, generator, config):
     """-> whose shapes are to be mixed (count,3), their weights (count,3), and whose colours (count,)"""
     shapes, N = model.shapes, len(model.shapes)
-    # An object's shape is mixed with two shapes near it (every other time with one).  Far shapes are not
-    # mixed, because nothing is half-way between a bud and a headphone
+    # An object's shape is mixed with two shapes near it, or one.  Far ones are not mixed, because nothing is
+    # half-way between a bud and a headphone
     first = torch.randint(N, (count, 1), generator=generator)
     others = torch.randint(min(config.among or N, N), (count, 2), generator=generator)
     others = torch.cdist(shapes, shapes).argsort(1).cpu()[first, others]           # the nearest is itself
-    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()      # over their sum: uniform
+    share = -torch.rand(count, 3, generator=generator).clamp(min=1e-9).log()    # over their sum: any mixture
     share[::2, 2] = 0
     share = share / share.sum(1, keepdim=True)
     # A mean lies between its parts, so mixtures vary less than objects do.  Weights that are further from
@@ -353,8 +351,8 @@ def recombined(model, count, generator, config):
     shapes = model.shapes
     parents, share, whose = (some.to(shapes.device) for some in draw_parents(model, count, generator, config))
     shape = (share[..., None] * shapes[parents]).sum(1)
-
-    # Stretches as far as stage 1 has shown them; the box's diagonal stays an object's (256 tell its length)
+    # Stretches, in units of stage 1's --stretch.  All three are shifted, so that the box's diagonal is as
+    # long as training objects' mean one (256 are enough)
     stretch = (2 * torch.rand(count, 3, generator=generator) - 1).to(shapes.device)
     codes = torch.cat([stretch, shape, model.palettes[whose]], 1)
     longer = (diagonals(model, codes) / diagonals(model, model.codes[:256]).mean()).log().clamp(-0.5, 0.5)
@@ -368,6 +366,7 @@ def diagonals(model, codes):
 
 def nearest(latents, training, itself=False):
     """-> distances to the training latents, nearest first (B,N), and whose they are (B,N)"""
+    # (The faster formula subtracts large squares, and so loses the digits of small distances)
     distance = torch.cdist(latents.flatten(1), training.flatten(1), 2, "donot_use_mm_for_euclid_dist")
     return (distance.fill_diagonal_(math.inf) if itself else distance).sort(1)   # itself: each to the others
 
@@ -386,7 +385,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
     generator = torch.Generator().manual_seed(config.seed)
     own, count = model.codes, config.recombinations
     codes = torch.cat([own, recombined(model, count, generator, config)])
-    config.components = min(config.components, len(codes))
+    config.components = min(config.components, len(codes))             # N codes vary in at most N directions
 
     # The denoiser, and a second network whose weights are the running mean of the first's: it will sample
     torch.manual_seed(config.seed)
@@ -399,6 +398,7 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
         if state["autodecoder"] != fingerprint(model):
             raise UserError(f"{config.out} was trained on another autodecoder than {config.autodecoder} is: "
                             "start over with --fresh, or use another --out")
+        # Only the network's weights differ from the average's: `raw` holds those that are trained
         fill(average, state["denoiser"], config.out)
         fill(denoiser, state["denoiser"] | state["raw"], config.out)
         fill_optimizer(optimizer, state["optimizer"], config.out)
@@ -418,9 +418,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
             # Batch: objects or recombinations, each with a level of its own, spread evenly over low and high
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             is_new = torch.rand(config.batch, generator=generator) < config.mix
-            other = len(own) + torch.randint(count, (config.batch,), generator=generator)
+            new = len(own) + torch.randint(count, (config.batch,), generator=generator)
             old = torch.randint(len(own), (config.batch,), generator=generator)
-            item = torch.where(is_new, other, old).to(device)
+            item = torch.where(is_new, new, old).to(device)
             u = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
             noise = torch.randn(config.batch, data.shape[1], generator=generator).to(device)
 
@@ -449,13 +449,13 @@ def main(argv=None, Config=Config, presets=PRESETS, Denoiser=Denoiser, free=FREE
                 loss, low, middle, high = together(torch.stack(parts).detach()).tolist()
                 run.log(step, config.steps, loss=loss, low=low, middle=middle, high=high)
             if run.first_process and (step % config.preview_every == 0 or step == config.steps):
-                latents = average.latents(sample(average, range(8), 18))
+                latents = average.latents(sample(average, range(8), 18))           # 18 steps: only a preview
                 rgb = render_views(model, latents, cameras(ANGLES[:2]), SIZE)[0]
                 save_preview(run.folder / f"previews/step_{step:06d}.png", to_bytes(rgb.transpose(0, 1)))
             if step % config.save_every == 0 or step == config.steps or run.stopping:
-                raw = {f"network.{name}": weights for name, weights in denoiser.network.state_dict().items()}
                 run.save({"config": asdict(config), "step": step, "autodecoder": fingerprint(model),
-                          "denoiser": average.state_dict(), "raw": raw, "optimizer": optimizer.state_dict()})
+                          "denoiser": average.state_dict(), "optimizer": optimizer.state_dict(),
+                          "raw": denoiser.network.state_dict(prefix="network.")})
             run.stop_if_asked(step)
 
     if not run.first_process:
