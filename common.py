@@ -18,7 +18,7 @@ import sys
 STOPPED = "stopped; what was written before is kept"
 sys.excepthook = lambda kind, error, trace: (print(STOPPED, file=sys.stderr) if kind is KeyboardInterrupt
                                              else sys.__excepthook__(kind, error, trace))
-# That came first: Ctrl-C is one line also in the second or two that these take to load
+# That came first: Ctrl-C is one line also in the seconds that these imports take
 import argparse
 import copy
 import hashlib
@@ -114,8 +114,7 @@ def checked(config, where=""):
         for one in values:
             # NaN (not a number) fails every comparison, so `low <= one` refuses it; `not one < low` would not
             number = kind in (int, float) and type(one) in (int, kind)
-            # (Bytes that are no UTF-8 are a name like others; control characters are none)
-            text = re.sub("[\udc80-\udcff]", "", str(one))
+            text = re.sub("[\udc80-\udcff]", "", str(one))       # bytes that are no UTF-8: a name like others
             right = low <= one <= high if number else type(one) is kind and text.isprintable()
             if not right or choices and str(one) not in choices[1].split(" | "):
                 raise UserError(f"{where}--{field.name} {one}: {wanted} is wanted")
@@ -144,7 +143,7 @@ def command(main):
         # torch has many words for too little memory, and for a size that it cannot even count
         if not re.search("alloc|out of memory|overflow|MemoryError", repr(error)):
             raise
-        # (Of --channels 8 8 8 each number is a level, which doubles the side)
+        # (--channels 8 8 8 has three levels.  Each further one doubles the side, so it weighs four times)
         sizes = {f"--{name} {value}": np.max(value or 0) * 2.0 ** (2 * np.size(value) - 2)
                  for name, value in command.knobs.items()
                  if np.asarray(value).dtype.kind == "i" and name != "seed"}
@@ -306,18 +305,16 @@ def load_checkpoint(file, *parts):
 def load_newest(folder, *parts, say=print):
     """last.pt, or the checkpoint before it where that is damaged or missing; None if there is neither"""
     last, previous = Path(folder, "last.pt"), Path(folder, "previous.pt")
-    if not os.path.lexists(last) and not previous.exists():
-        return None
+    if not previous.exists():
+        return load_checkpoint(last, *parts) if os.path.lexists(last) else None
     try:
         return load_checkpoint(last, *parts)
     except UserError as error:
-        if not previous.exists():
-            raise
         say(f"!! {error}: taking {previous}, the checkpoint before it")
     return load_checkpoint(previous, *parts)
 
 def load_stage(folder, what, script, *parts):
-    """What an earlier stage saved in its folder; one of the parts is in no other stage's checkpoint"""
+    """What an earlier stage saved in its folder.  Each stage asks for a part that no other stage saves"""
     try:
         # (Where there is neither file, the second call says so)
         return load_newest(folder, "config", *parts) or load_checkpoint(Path(folder, "last.pt"))
@@ -365,7 +362,8 @@ class Run:
     def __init__(self, folder, stage, config, recipe, name="config.json",
                  stale=("last.pt", "previous.pt", "log.jsonl", "previews")):
         """recipe: fields that must agree with the folder's earlier run; stale: what --fresh throws away"""
-        # First all is checked.  Until `with run:` only the lock is written, and nothing is deleted
+        # First all is checked.  Until `with run:` only the lock is written.  (What an earlier --fresh put aside
+        # may come back, or be cleared away)
         self.folder, self.file, self.config = Path(folder), Path(folder, name), asdict(config)
         self.fresh, self.stale = self.config.get("fresh"), [self.folder / some for some in stale]
         wanted = {"stage": stage} | {key: self.config[key] for key in recipe}
@@ -428,7 +426,7 @@ class Run:
         remove(self.aside)
 
     def __enter__(self):
-        """From here on files are written, and Ctrl-C and SIGTERM only set `stopping`."""
+        """From here on files are written.  The first Ctrl-C or SIGTERM only sets `asked` and `stopping`"""
         if self.first_process:
             for path in [*self.stale, self.file] if self.fresh else ():
                 if os.path.lexists(path):
@@ -505,13 +503,12 @@ class Run:
 
     def log(self, step, steps, show=True, **numbers):
         """A line of log.jsonl, and the same numbers on the progress line."""
-        # The file is closed after each line, so a kill loses one line at most
         if not self.first_process:
             return
         try:
             if (path := self.folder / "log.jsonl").is_fifo():            # a pipe would block for ever
                 raise OSError(f"{path} is a pipe")
-            with open(path, "a") as file:
+            with open(path, "a") as file:               # closed after each line: a kill loses one at most
                 seconds = round(time.time() - self.began, 1)
                 file.write(json.dumps({"step": step, **numbers, "seconds": seconds}) + "\n")
         except OSError as error:

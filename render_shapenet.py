@@ -55,7 +55,7 @@ class Config:
     synset: str = "03261776"       # ShapeNet's category: 03261776 earphones, 03001627 chairs, 02958343 cars
     holdout: int = 0               # ShapeNet models that go to _test, which no training sees
     objects: int = 72              # procedural objects of each category to train on (at least 1)
-    test_objects: int = 72         # and to report on; half of them are combinations not trained on
+    test_objects: int = 72         # objects to report on; half of them are combinations not trained on
     views: int = 30                # photos of an object to train on (at least 1)
     holdout_views: int = 8         # more photos of an object, to measure by; they are the last in its folder
     size: int = 128                # pixels along a side (at least 1)
@@ -73,6 +73,7 @@ class Config:
 # Photos that were made with other values of these fields do not belong in the same folder
 RECIPE = ("shapenet", "holdout", "views", "holdout_views", "size", "supersample", "max_elevation", "thin",
           "renderer", "seed")
+# main compares its number with the header's only if no field but these was changed
 FREE = ("out", "workers", "device", "fresh", "transforms")
 ALL = ("earphones", *household.STYLES)              # what --category all stands for
 CATEGORIES = {"03261776": "earphones", "03001627": "chairs", "02958343": "cars"}       # their folders' names
@@ -190,6 +191,7 @@ def procedural_model(split, name, config):
     *category, _, index = name.split("_")                     # chairs_train_00000; earphones are train_00000
     if category:
         return household.draw_factors(category[0], split, int(index), config.seed), household.write_model
+    # Only earphones know --thin.  It is kept with the factors: a change of --thin makes a new model
     factors = earphones.draw_factors(split, int(index), config.seed) | {"thin": config.thin}
     return factors, lambda folder, factors: earphones.write_model(folder, factors, config.thin)
 
@@ -206,6 +208,7 @@ def shapenet_jobs(config):
     names = ("models/model_normalized.obj", "model.obj", "models/model.obj")
     releases = sorted(root.glob(f"*/{config.synset}"), reverse=True)
     for folder in (root, root / config.synset, *releases):
+        # A model is a folder with one of these files in it.  Stray files beside the models are passed over
         models = [path for path in visible(folder) if os.path.isdir(path)] if os.path.isdir(folder) else []
         paths = [obj_of(model, names) for model in models]
         if any(paths):
@@ -245,7 +248,7 @@ def obj_of(model, names):
 
 def render_object(job, folder, config, device):
     """Make the photos of one object -> remarks about the model, and why there are no photos of it, or None"""
-    # A name may have 255 bytes in most file systems, and a temporary name is longer by a few letters
+    # A name may have at most 255 bytes in most file systems, and a temporary name is a few letters longer
     split, name, path = job
     model = path.parent.parent
     if len(os.fsencode(name)) > 240:
@@ -273,6 +276,7 @@ def render_object(job, folder, config, device):
     try:
         with atomic_folder(folder) as temporary:
             photograph(mesh.to(device), temporary, config, generator)
+            # to_world turned, moved and scaled the mesh.  This matrix tells others how
             (temporary / "mesh_to_world.txt").write_text(numbers(transform) + "\n")
             if (model / "factors.json").is_file():
                 shutil.copy(model / "factors.json", temporary / "factors.json")
@@ -296,7 +300,7 @@ def worker_setup():
 
 @contextmanager
 def no_ctrl_c():
-    """Processes that are started here are born deaf to Ctrl-C.  worker_setup comes after their imports"""
+    """Processes that start in here ignore Ctrl-C at once.  worker_setup comes only after their imports"""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -306,8 +310,9 @@ def no_ctrl_c():
 
 def render_all(todo, config, device):
     """Yields (name, remarks, failure) for each object when it is done"""
-    # One process per core.  On a GPU only one, because several would have to share it
+    # One process for each core.  On a GPU only one, because several would have to share it
     workers = config.workers or (os.cpu_count() if device.type == "cpu" else 1)
+    # Worker processes take seconds to start, so for one object, or one worker, none is started
     if min(workers, len(todo)) <= 1:
         yield from ((job[1], *render_object(job, folder, config, device)) for job, folder in todo)
         return
@@ -392,6 +397,8 @@ def main(argv=None):
     made = not recipe.is_file() or '"shapenet": ""' in recipe.read_text(errors="replace")
     stale = [*splits.values(), *([models_folder(config)] if made and not config.shapenet else [])]
     run = Run(config.out, "render_shapenet", source, RECIPE, recipe.name, stale)
+    # A model that moves from one set to the other, by a new --holdout, would be in both: test photos would
+    # then be trained on.  (Our own models have names that tell their set)
     for (split, name, _), folder in zip(jobs, folders):
         other = Path(config.out, splits["test" if split == "train" else "train"], name)
         if other.is_dir() and config.shapenet and not config.fresh:
@@ -435,6 +442,7 @@ def main(argv=None):
     if not train.is_dir():
         raise UserError(f"no photos to train on were made: see above why, of {len(jobs)} models")
     contact_sheet(train, train.with_suffix(".png"))
+    # The header promises 144 objects.  judge says whether this run, if it is the default one, made them all
     whole = len(jobs) - len(skipped)
     print(judge(config, FREE, f"{whole} objects", whole, 144, 144, "what was skipped, above"))
     print(f"photos in {train}; look at {train.with_suffix('.png')}.  Next: python autodecoder.py")

@@ -106,7 +106,7 @@ def load_models(config, device):
     boxed = BOX.resolve() in folder.resolve().parents
     beside = folder.parent / "autodecoder" if boxed else ""
     model, names, denoiser = load_denoiser(folder, device, config.autodecoder or beside)
-    # Weights that are finite may still make what is not
+    # Finite weights may still compute values that are not finite.  Two steps of the sampler show it quickly
     if not all(some.isfinite().all() for some in (model.volumes_of(model.codes[:1]),
                                                   draw_samples(denoiser, [0], 2))):
         raise UserError(f"{folder}/last.pt: what the weights make is not finite: train both stages again")
@@ -136,8 +136,10 @@ def code_of(name, model, names, denoiser, config):
     """A training object's code, by its name; or a sample's, by its seed -> (W,)"""
     if name in names:
         return model.codes[names.index(name)]
+    # Digits alone are a seed.  13 digits or more would be beyond what --seed allows
     if name.isdecimal() and len(name) < 13:
         return draw_samples(denoiser, [int(name)], config.steps, config.sampler)[0]
+    # A name that is nearly right is probably misspelt, so the most similar ones are offered
     near = difflib.get_close_matches(name, names, 3, 0) or names[:3]
     raise UserError(f"{name} is no training object and no seed; {', '.join(near)} are training objects")
 
@@ -236,6 +238,8 @@ def swaps(model, rows=6, columns=8):
     """Any shape in any colours: training objects down and across; in the first column each has its own"""
     N, device = len(model.shapes), model.shapes.device
     some = lambda count: torch.linspace(0, N - 1, min(count, N)).long().tolist()
+    # Pairs of whose shape (s) and whose palette (a).  A row begins with (s, s): the object as it is.  The
+    # zeros are logarithms of stretches: no stretch
     s, a = torch.tensor([(s, a) for s in some(rows) for a in (s, *some(columns))], device=device).unbind(1)
     latents = latents_of(model, model.code(torch.zeros(len(s), 3, device=device), s, model.palettes[a]))
     rgb = render_views(model, latents, cameras(ANGLES[:1]), SIZE)[0][:, 0]
@@ -277,6 +281,7 @@ def write_sample(folder, model, latent, config):
 
 def main(argv=None):
     config = parse_config(Config, argv=argv)
+    # These two fields have rules that Config's comments cannot express, so they are checked here
     if config.sampler not in ("", "heun", "ancestral"):
         raise UserError(f"--sampler {config.sampler}: heun or ancestral is wanted")
     if len(config.stretch) != 3:
@@ -284,7 +289,7 @@ def main(argv=None):
     device = pick_device(config.device)
     model, names, denoiser = load_models(config, device)
 
-    # Here Run only holds the folder, so that two programs do not write to it at once.  All of this takes half
+    # Here Run only locks the folder, so that two programs do not write to it at once.  All of this takes half
     # a minute, so there are no checkpoints
     run = Run(config.out, "sample", config, (), "sample.json", stale=())
     seeds, out = range(config.seed, config.seed + config.count), Path(config.out)
@@ -327,9 +332,12 @@ def main(argv=None):
     # Those who have trained a model on the same objects want to see whether it is as good as the one in the
     # box.  Beside other objects' samples the box's would mean nothing
     own = is_run(Path(config.diffusion)) and (BOX / "diffusion/last.pt").exists()
+    # (--diffusion may name the box itself, which needs no comparison with itself)
     own = own and not BOX.samefile(Path(config.diffusion).parent)
     own = own and set(names) <= set(load_autodecoder(BOX / "autodecoder")[1])
     views = [f"views/seed_{seed:06d}" for seed in seeds]
+    # report.json lists what this run writes, so that the next run knows what it may delete.  A report that is
+    # missing or broken lists nothing, and then nothing is deleted
     wrote, earlier = (["figure3.png"] + views) * (config.views > 0) + ["beside.png"] * own, ()
     with suppress(UserError, OSError, ValueError, TypeError, KeyError, RecursionError):
         earlier = [str(name) for name in json.loads(read_small(out / "report.json", 1e8))["wrote"]]
@@ -343,8 +351,8 @@ def main(argv=None):
     save_text(out / "report.txt", text + "\n")
     save_json(out / "report.json", {"config": asdict(config), "names": names, "rows": rows, "wrote": wrote})
 
-    # Numbers can mislead, so look: each sample stands beside its nearest training objects.  Of thousands
-    # only those are drawn that are among the nearest 16 of some sample
+    # Numbers can mislead, so look: each sample stands beside its nearest training objects.  Drawing
+    # thousands takes too long: then only the nearest 16 of each sample are drawn
     pictures, whose = render_views(model, latents, cameras(ANGLES), SIZE), [*range(len(names))]
     if len(names) > 256:
         whose = nearest(latents, training)[1][:, :16].unique().tolist()
@@ -360,6 +368,7 @@ def main(argv=None):
         turn = write_sample(out / "views" / f"seed_{seeds[k]:06d}", model, latent, config)
         # The paper's Figure 3: a new object from eight cameras all around it
         if k == 0:
+            # Nine angles from 0 to 360 degrees; the ninth is the first again, so eight are kept
             some = turn[torch.linspace(0, config.views, 9)[:8].long()]
             save_picture(out / "figure3.png", grid(to_bytes(some), 8))
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 
-# Densities below this count as empty space.  If it filled the whole cube, its opacity would be 3 %
+# Densities below this count as empty.  Fog so thin in the whole cube takes 2 % of the light (diagonal: 3.4 %)
 EMPTY = 0.02
 # All pictures that compare models show these views: azimuth and elevation in degrees, SIZE x SIZE pixels
 ANGLES = ((215, 25), (30, 10), (125, -10), (300, 45))
@@ -58,8 +58,8 @@ class Config:
 
 def pixel_rays(camera_to_world, intrinsics, x, y):
     """(...,4,4), (...,3,3), places in the picture (...) -> origins and directions (...,3)"""
-    # Undo the intrinsics, then turn into the world.  The direction is not normalised: it has camera z = 1, so
-    # the ray's t is the z-depth that rasterisers and depth maps use
+    # Undo the intrinsics, then rotate into the world's axes.  The direction is not normalised: it has camera
+    # z = 1, so the ray's t is the z-depth that rasterisers and depth maps use
     x = (x - intrinsics[..., 0, 2]) / intrinsics[..., 0, 0]
     y = (y - intrinsics[..., 1, 2]) / intrinsics[..., 1, 1]
     directions = camera_to_world[..., :3, :3] @ torch.stack([x, y, torch.ones_like(x)], -1)[..., None]
@@ -207,6 +207,7 @@ def truth_and_ours(model, codes, photos, objects, view):
 
 def psnr(picture, truth, mask=None):
     """Peak signal-to-noise ratio in dB, higher is better; over the pixels of a mask, if there is one."""
+    # A mean error of 0 would be infinitely many dB: 1e-10 caps it at 100.  An empty mask gives NaN
     error = (picture - truth).square().mean(-1)
     error = error[mask] if mask is not None else error
     return -10 * math.log10(max(error.mean().item(), 1e-10)) if len(error) else math.nan
@@ -220,13 +221,16 @@ def score_views(model, codes, photos, objects, views):
         volume = model.volumes_of(code[None])
         for v in views:
             rgb, alpha, _ = render_view(model, volume, photos.pose[o, v], photos.intrinsics[o], photos.size)
+            # A mask says how much of a pixel the object covers, 0 to 255.  More than half counts as object
             truth, mask = photos.rgb[o, v].float() / 255, photos.mask[o, v] > 127
             # A white picture scores well too, because most of a photo is white: so it stands beside ours
             white = torch.ones_like(rgb)
+            # Haze is opacity where nothing is.  A margin of 2 pixels is left out: edges are never exact
             beyond = F.max_pool2d((photos.mask[o, v] > 0).float()[None, None], 5, 1, 2)[0, 0] == 0
             rows.append({"object": o, "ours": psnr(rgb, truth), "ours_fg": psnr(rgb, truth, mask),
                          "white": psnr(white, truth), "white_fg": psnr(white, truth, mask),
                          "haze": alpha[beyond].mean().item()})
+        # The photos may be a mapped file.  What was read of it would stay in memory for all objects
         photos.forget()
     return rows
 
@@ -237,6 +241,7 @@ def table(rows, kinds):
     """Stage 1's closing table: means by kind of object, ours beside a white picture."""
     lines = [f"{'PSNR, dB: full / foreground':<28} {'ours':>13}   {'all white':>13}   "
              f"{'opacity beyond 2 px':>19}"]
+    # One line for each kind, then one for all: a mean over all would hide that a rare kind failed
     for kind in [*sorted({kinds[row["object"]] for row in rows}), "all"]:
         chosen = [row for row in rows if kind in (kinds[row["object"]], "all")]
         m = {key: mean_of(chosen, key) for key in chosen[0]}
@@ -314,6 +319,7 @@ def any_of_eight(mask):
 def blocks_around(occupied):
     """(B,n,n,n) bool -> (B,m,m,m), m = n/2 rounded up: whether any cell is True in a block of 2^3 cells or in
     its neighbours"""
+    # An even number of cells is needed, so one or two empty ones are added
     blocks = any_of_eight(F.pad(occupied, (0, 1 + occupied.shape[-1] % 2) * 3))[:, ::2, ::2, ::2]
     # An OR of 2^3, done twice, is an OR of 3^3: the block and its 26 neighbours
     return any_of_eight(any_of_eight(F.pad(blocks, (1,) * 6)))
@@ -351,6 +357,7 @@ def render_sparse(volume, origins, directions, bins, samples, place, field, occu
     # is where the time is saved
     k, bin = kept.T.nonzero().unbind(1)                                                     # (P,) samples
     ray, t = ray[k], t[bin, k]
+    # From here back from cells to the world: the inverse of `o` above
     point = torch.addcmul(o[:, ray], t, d[:, ray]).T.sub(0.5).div(N).sub(0.5)               # (P,3) in world
     sigma, rgb = field(lookup_sparse(volume, point, owner[ray]), point)
 
@@ -375,6 +382,7 @@ def is_in(mask, owner, origin, direction, t):
     n = mask.shape[-1]
     index = owner
     for axis in (2, 1, 0):                                                                  # z, y, x
+        # Rays that miss the cube have points outside it.  Their bins have length 0, so any cell will do
         at = torch.addcmul(origin[axis], t, direction[axis])
         index = index * n + at.int().clamp_(0, n - 1)
     return mask.view(-1)[index]
