@@ -346,9 +346,9 @@ def main(argv=None, Config=Config, presets=PRESETS, Decoder=Autodecoder, draw=dr
     torch.manual_seed(config.seed)
     model = Decoder(config, len(photos.names)).to(device)
     decoder = [p for name, p in model.named_parameters() if name != "shapes"]
-    # Codes have sparse gradients, which Adam does not take.  Muon is for matrices, Adam for all the rest
+    # Muon moves the convolutions' weights.  Shapes have sparse gradients, which only SparseAdam takes
     optimizers = (torch.optim.Adam([p for p in decoder if p.dim() < 4], betas=BETAS),
-                  Muon([p for p in decoder if p.dim() >= 4]),                 # the convolutions' weights
+                  Muon([p for p in decoder if p.dim() >= 4]),
                   torch.optim.SparseAdam([model.shapes], betas=BETAS))
     state, step = run.load("names", "model", "optimizers", "step"), 0
     if state:

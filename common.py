@@ -362,8 +362,8 @@ class Run:
     def __init__(self, folder, stage, config, recipe, name="config.json",
                  stale=("last.pt", "previous.pt", "log.jsonl", "previews")):
         """recipe: fields that must agree with the folder's earlier run; stale: what --fresh throws away"""
-        # First all is checked.  Until `with run:` only the lock is written.  (What an earlier --fresh put aside
-        # may come back, or be cleared away)
+        # First all is checked.  Until `with run:` only the lock is written.  (What an earlier --fresh put
+        # aside may come back, or be cleared away)
         self.folder, self.file, self.config = Path(folder), Path(folder, name), asdict(config)
         self.fresh, self.stale = self.config.get("fresh"), [self.folder / some for some in stale]
         wanted = {"stage": stage} | {key: self.config[key] for key in recipe}

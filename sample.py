@@ -136,7 +136,7 @@ def code_of(name, model, names, denoiser, config):
     """A training object's code, by its name; or a sample's, by its seed -> (W,)"""
     if name in names:
         return model.codes[names.index(name)]
-    # Digits alone are a seed.  13 digits or more would be beyond what --seed allows
+    # Digits alone are a seed, if --seed could be as large
     if name.isdecimal() and len(name) < 13:
         return draw_samples(denoiser, [int(name)], config.steps, config.sampler)[0]
     # A name that is nearly right is probably misspelt, so the most similar ones are offered
